@@ -1,0 +1,1 @@
+"""What answers an OpenAI request: one Backend protocol, one module for each implementation."""

@@ -1,0 +1,1 @@
+"""The embedded engine: tokens in, tokens out. Knows nothing of text or HTTP."""

@@ -1,0 +1,1 @@
+"""Which models exist: the catalogue, downloading, the cache and inspection."""

@@ -1,0 +1,1 @@
+"""The OpenAI wire: request models, routes, streaming and error bodies."""
