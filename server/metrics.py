@@ -4,13 +4,13 @@ How the HTTP layer uses it (all on the event loop's thread, none of it waits):
 
     metrics = Metrics(engine.stats)                      # a callable that returns a snapshot at once
     request = metrics.start_request("chat", model_name)  # endpoint from a fixed list, model a served name
-    request.on_output(num_tokens)                        # for every EngineOutput with tokens, of any choice
+    request.on_output(num_tokens, choice)                # for every EngineOutput with tokens
     request.finish("stop", num_prompt_tokens=12)         # once; later calls do nothing
     metrics.count_response("chat", 200)                  # every answered HTTP request, errors too
     body, content_type = metrics.render()                # GET /metrics
 
-Labels are bounded: endpoints, finish reasons and status classes come from the code, `model` only from names that
-are being served. Numbers that the engine owns are read from one snapshot when a scrape comes.
+Labels are bounded: endpoints, finish reasons and status codes come from the code, `model` only from names that are
+being served. Numbers that the engine owns are read from one snapshot when a scrape comes.
 """
 
 import time
@@ -60,7 +60,7 @@ class Metrics:
 
     def __init__(self, engine_stats: Callable[[], EngineSnapshot] | None = None) -> None:
         """Without `engine_stats` (a backend in another process) the engine's own metrics are absent."""
-        self.registry = CollectorRegistry(auto_describe=True)
+        self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         if engine_stats is not None:
             self.registry.register(_EngineCollector(engine_stats))
@@ -76,7 +76,7 @@ class Metrics:
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.", "model")
         self._generation_tokens = counter("generation_tokens", "Tokens generated.", "model")
         self._ttft = histogram("time_to_first_token_seconds", "From request to first token.", _TTFT_BUCKETS)
-        self._itl = histogram("inter_token_latency_seconds", "Between two outputs of one request.", _ITL_BUCKETS)
+        self._itl = histogram("inter_token_latency_seconds", "Between two outputs of one choice.", _ITL_BUCKETS)
         self._e2e = histogram("e2e_request_latency_seconds", "From request to last token.", _E2E_BUCKETS)
         self._prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
         self._output_sizes = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS)
@@ -97,7 +97,7 @@ class Metrics:
 class RequestMetrics:
     """The clock of one generation. The label children are looked up once: `on_output` runs for every step."""
 
-    __slots__ = ("_e2e", "_endpoint", "_generation_tokens", "_itl", "_last", "_metrics", "_model", "_num_output_tokens",
+    __slots__ = ("_e2e", "_endpoint", "_generation_tokens", "_itl", "_last_output", "_metrics", "_model", "_num_output_tokens",
                  "_start", "_ttft")  # fmt: skip
 
     def __init__(self, metrics: Metrics, endpoint: Endpoint, model: str, start: float) -> None:
@@ -105,21 +105,22 @@ class RequestMetrics:
         self._endpoint = endpoint
         self._model = model
         self._start = start
-        self._last: float | None = None
+        self._last_output: dict[int, float] = {}  # by choice
         self._num_output_tokens = 0
         self._ttft = metrics._ttft.labels(model)
         self._itl = metrics._itl.labels(model)
         self._e2e = metrics._e2e.labels(model)
         self._generation_tokens = metrics._generation_tokens.labels(model)
 
-    def on_output(self, num_tokens: int) -> None:
-        """Tokens came out of the engine: the first time is the time to first token, later ones are gaps."""
+    def on_output(self, num_tokens: int, choice: int = 0) -> None:
+        """Tokens came out of the engine: the request's first is its time to first token, a choice's next ones are gaps."""
         now = time.perf_counter()
-        if self._last is None:
+        last = self._last_output.get(choice)
+        if last is not None:
+            self._itl.observe(now - last)
+        elif not self._last_output:
             self._ttft.observe(now - self._start)
-        else:
-            self._itl.observe(now - self._last)
-        self._last = now
+        self._last_output[choice] = now
         self._num_output_tokens += num_tokens
         self._generation_tokens.inc(num_tokens)
 

@@ -1,0 +1,63 @@
+# Each target does all of its own set-up: a fresh machine needs python3 (3.11 or later), pip, g++ and make.
+# Stamps in .venv make a second call quick; `make clean` forgets everything.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+MODEL ?= smollm2-135m-instruct
+THREADS ?=
+
+CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.hpp') $(wildcard CMakeLists.txt)
+
+.PHONY: run test check bench fmt clean setup test-setup
+.DELETE_ON_ERROR:
+
+run: setup ## serve the default model on 127.0.0.1:8000
+	$(BIN)/sterna models pull $(MODEL)
+	$(BIN)/sterna serve --model $(MODEL)
+
+test: test-setup check ## linters, types and every test that needs nothing but this machine
+	$(BIN)/sterna models pull smollm2-135m-instruct
+	$(BIN)/python -m pytest -m "not real_peer and not gpu" --durations=10
+
+check: test-setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup ## the engine alone: prefill and decode
+	$(BIN)/sterna models pull $(MODEL)
+	$(BIN)/sterna bench --model $(MODEL) $(if $(THREADS),--threads $(THREADS))
+
+fmt: test-setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+setup: $(VENV)/.built
+test-setup: $(VENV)/.test-built
+
+# --without-pip and pip's --python: Debian ships venv without ensurepip, so pip puts itself there.
+$(VENV)/.created:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Sterna needs Python 3.11 or later; $(PYTHON) is {sys.version.split()[0]}")'
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -m pip --disable-pip-version-check --python $(BIN)/python install --quiet pip
+	touch $@
+
+$(VENV)/.build-tools: $(VENV)/.created pyproject.toml
+	$(PIP) install --quiet "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.20" ninja
+	touch $@
+
+# The build folder is kept (build/), so that after a change only the touched C++ files are compiled.
+$(VENV)/.built: $(VENV)/.build-tools pyproject.toml $(CPP)
+	$(PIP) install --quiet --no-build-isolation --editable .
+	touch $@
+
+# torch first, alone and by its exact version: any other request may bring CUDA libraries of several gigabytes.
+$(VENV)/.test-built: $(VENV)/.built
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
