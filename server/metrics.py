@@ -97,9 +97,6 @@ class Metrics:
 class RequestMetrics:
     """The clock of one generation. The label children are looked up once: `on_output` runs for every step."""
 
-    __slots__ = ("_e2e", "_endpoint", "_generation_tokens", "_itl", "_last_output", "_metrics", "_model", "_num_output_tokens",
-                 "_start", "_ttft")  # fmt: skip
-
     def __init__(self, metrics: Metrics, endpoint: Endpoint, model: str, start: float) -> None:
         self._metrics: Metrics | None = metrics
         self._endpoint = endpoint
@@ -113,7 +110,7 @@ class RequestMetrics:
         self._generation_tokens = metrics._generation_tokens.labels(model)
 
     def on_output(self, num_tokens: int, choice: int = 0) -> None:
-        """Tokens came out of the engine: the request's first is its time to first token, a choice's next ones are gaps."""
+        """Tokens came out: the first of the request is its time to first token, a choice's next ones are gaps."""
         now = time.perf_counter()
         last = self._last_output.get(choice)
         if last is not None:
