@@ -15,11 +15,14 @@ being served. Numbers that the engine owns are read from one snapshot when a scr
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from itertools import accumulate
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from server.engine.stats import BATCH_SIZE_BUCKETS, EngineStats
 
 Endpoint = Literal["chat", "completions", "tokenize", "detokenize", "models", "health", "metrics", "other"]
 RequestOutcome = Literal["stop", "length", "tool_calls", "cancelled", "error"]
@@ -31,34 +34,10 @@ _E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 30
 _TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
-class EngineSnapshot(Protocol):
-    """What `engine.stats()` returns: the present state and totals since the start. Never waits for a step."""
-
-    @property
-    def num_running(self) -> int: ...
-    @property
-    def num_waiting(self) -> int: ...
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def num_used_blocks(self) -> int: ...
-    @property
-    def num_preemptions(self) -> int: ...
-    @property
-    def num_prefix_cache_queries(self) -> int:
-        """Prompt tokens looked up in the prefix cache."""
-        ...
-
-    @property
-    def num_prefix_cache_hits(self) -> int:
-        """Prompt tokens found there."""
-        ...
-
-
 class Metrics:
     """The metric objects of one server. Two of them can live in one process."""
 
-    def __init__(self, engine_stats: Callable[[], EngineSnapshot] | None = None) -> None:
+    def __init__(self, engine_stats: Callable[[], EngineStats] | None = None) -> None:
         """Without `engine_stats` (a backend in another process) the engine's own metrics are absent."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -136,24 +115,38 @@ class RequestMetrics:
 class _EngineCollector:
     """Turns one engine snapshot into metric families at scrape time; totals are already monotonic."""
 
-    def __init__(self, engine_stats: Callable[[], EngineSnapshot]) -> None:
+    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
         self._engine_stats = engine_stats
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine_stats()
-        used = stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
+        total = stats.num_blocks_total
         gauges = (
             ("num_requests_running", "Sequences in the running batch.", stats.num_running),
             ("num_requests_waiting", "Sequences that wait for a place.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of KV blocks in use, 1 is all.", used),
-            ("kv_cache_num_blocks", "KV blocks there are.", stats.num_blocks),
+            ("kv_cache_usage_perc", "Share of KV blocks in use, 1 is all.", stats.num_blocks_used / total),
+            ("kv_cache_blocks", "KV blocks there are.", total),
+            ("kv_cache_reusable_blocks", "KV blocks that the prefix cache holds.", stats.num_blocks_cached),
+            ("num_loaded_adapters", "Adapter versions in the engine.", stats.num_adapters),
         )
         counters = (
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.num_prefix_cache_queries),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.num_prefix_cache_hits),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
             ("num_preemptions", "Sequences put back to be recomputed.", stats.num_preemptions),
+            ("engine_steps", "Steps of the engine.", stats.num_steps),
+            ("engine_step_seconds", "Time spent in steps.", stats.step_seconds),
+            ("engine_step_errors", "Steps that failed.", stats.num_step_errors),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"sterna_{name}", text, value)
         for name, text, value in counters:
             yield CounterMetricFamily(f"sterna_{name}", text, value)
+        yield _batch_size_histogram(stats)
+
+
+def _batch_size_histogram(stats: EngineStats) -> Metric:
+    family = HistogramMetricFamily("sterna_iteration_num_seqs", "Sequences in a step.")
+    bounds = [*(str(float(bound)) for bound in BATCH_SIZE_BUCKETS), "+Inf"]
+    # The sum of sizes is not counted by the engine, and a histogram may leave it out.
+    family.add_metric([], list(zip(bounds, accumulate(stats.batch_size_counts), strict=True)), sum_value=None)
+    return family

@@ -1,0 +1,78 @@
+"""How many KV blocks fit: from `--kv-memory`, or from the free memory, with a clear message when it is too little.
+
+The arithmetic only; the core allocates. KV entries are 16-bit floats, a block holds 16 tokens of every layer.
+"""
+
+from dataclasses import dataclass
+
+from quant.model_file import ModelConfig
+from server.errors import ConfigError
+
+BLOCK_TOKENS = 16
+KV_ELEMENT_BYTES = 2
+
+# A default run on a small model stays small: 1 GiB is 46,000 tokens of the default model, 64 users with 700 each.
+DEFAULT_KV_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class KVBudget:
+    """What the KV cache holds. `max_model_len` is the longest prompt and answer together that one request may have."""
+
+    num_blocks: int
+    block_bytes: int
+    max_model_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * BLOCK_TOKENS
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    def __str__(self) -> str:
+        return (
+            f"KV cache {format_bytes(self.num_bytes)}: {self.num_tokens} tokens, "
+            f"{self.num_tokens // self.max_model_len} sequences of the full {self.max_model_len} tokens"
+        )
+
+
+def plan_kv_budget(
+    config: ModelConfig, *, kv_memory: int | None, max_model_len: int | None, available_bytes: int
+) -> KVBudget:
+    """`kv_memory` bytes, or None: half of the free memory, at most 1 GiB or what one full sequence needs.
+
+    A `max_model_len` that was asked for must fit; one that was not is lowered to what fits. Raises ConfigError.
+    """
+    block_bytes = BLOCK_TOKENS * config.num_layers * 2 * config.num_kv_heads * config.head_dim * KV_ELEMENT_BYTES
+    if max_model_len is not None and max_model_len > config.context_length:
+        raise ConfigError(
+            f"max_model_len {max_model_len} is more than the {config.context_length} tokens {config.name} was made for"
+        )
+    wanted_len = max_model_len or config.context_length
+    wanted_bytes = -(-wanted_len // BLOCK_TOKENS) * block_bytes
+    if kv_memory is None:
+        num_bytes = min(available_bytes // 2, max(DEFAULT_KV_BYTES, wanted_bytes))
+    elif kv_memory > available_bytes:
+        raise ConfigError(f"kv_memory {format_bytes(kv_memory)} is more than the free {format_bytes(available_bytes)}")
+    else:
+        num_bytes = kv_memory
+    num_blocks = num_bytes // block_bytes
+    num_tokens = num_blocks * BLOCK_TOKENS
+    if num_blocks == 0 or (max_model_len is not None and num_tokens < max_model_len):
+        raise ConfigError(
+            f"a KV cache of {format_bytes(num_bytes)} holds {num_tokens} tokens of {config.name}; "
+            f"{wanted_len} tokens need {format_bytes(wanted_bytes)} (--kv-memory, --max-model-len)"
+        )
+    return KVBudget(num_blocks, block_bytes, min(wanted_len, num_tokens))
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Binary units with three digits at most: 1.00 GiB, 94.0 MiB, 512 B."""
+    value = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.3g} {unit}"
