@@ -149,3 +149,8 @@ def _spelled(key: str, source: str) -> str:
     if source == "environment":
         return f"{ENV_PREFIX}{key.upper()}"
     return f"{source}: {key}"
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with changes, for a child process that must keep the user's settings (pip)."""
+    return dict(os.environ) | changes
