@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL ?= smollm2-135m-instruct
 THREADS ?=
 
-CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.hpp') $(wildcard CMakeLists.txt)
+CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.inc') $(wildcard CMakeLists.txt)
 
 .PHONY: run test check bench fmt clean setup test-setup
 .DELETE_ON_ERROR:

@@ -2,7 +2,8 @@
 
 How the HTTP layer uses it (all on the event loop's thread, none of it waits):
 
-    metrics = Metrics(engine.stats)                      # a callable that returns a snapshot at once
+    metrics = Metrics()
+    metrics.watch_engine(engine.stats)                   # once loaded; a callable that returns a snapshot at once
     request = metrics.start_request("chat", model_name)  # endpoint from a fixed list, model a served name
     request.on_output(num_tokens, choice)                # for every EngineOutput with tokens
     request.finish("stop", num_prompt_tokens=12)         # once; later calls do nothing
@@ -37,12 +38,9 @@ _TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 class Metrics:
     """The metric objects of one server. Two of them can live in one process."""
 
-    def __init__(self, engine_stats: Callable[[], EngineStats] | None = None) -> None:
-        """Without `engine_stats` (a backend in another process) the engine's own metrics are absent."""
+    def __init__(self) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        if engine_stats is not None:
-            self.registry.register(_EngineCollector(engine_stats))
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"sterna_{name}", text, labels, registry=self.registry)
@@ -59,6 +57,10 @@ class Metrics:
         self._e2e = histogram("e2e_request_latency_seconds", "From request to last token.", _E2E_BUCKETS)
         self._prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
         self._output_sizes = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS)
+
+    def watch_engine(self, engine_stats: Callable[[], EngineStats]) -> None:
+        """From now on each scrape reads one snapshot. Never called (a backend elsewhere): no engine metrics."""
+        self.registry.register(_EngineCollector(engine_stats))
 
     def count_response(self, endpoint: Endpoint, status: int) -> None:
         """`status` is the code that was sent; a client that left before any counts as 499."""
