@@ -1,0 +1,55 @@
+"""Counters of the engine thread and the snapshot that /metrics reads.
+
+One thread writes, any thread reads: plain ints under the GIL, no lock, so that a scrape never blocks a step. A
+snapshot may be torn by one step between two of its fields, which a counter does not mind.
+"""
+
+from dataclasses import dataclass, field
+
+BATCH_SIZE_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+"""Upper bounds of the histogram of sequences in a step; one more bucket counts the larger ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    num_running: int
+    num_waiting: int
+    num_blocks_used: int
+    """Blocks that a sequence refers to; unreferenced cached blocks count as free."""
+    num_blocks_cached: int
+    num_blocks_total: int
+    num_adapters: int
+    prefix_query_tokens: int
+    prefix_hit_tokens: int
+    prompt_tokens: int
+    """Of admitted requests, cached ones included."""
+    generated_tokens: int
+    num_preemptions: int
+    num_steps: int
+    num_step_errors: int
+    step_seconds: float
+    num_finished: int
+    batch_size_counts: tuple[int, ...]
+    """Steps per bucket of BATCH_SIZE_BUCKETS (not cumulative), the last for anything larger."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """What only grows."""
+
+    prefix_query_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    num_step_errors: int = 0
+    step_seconds: float = 0.0
+    num_finished: int = 0
+    batch_size_counts: list[int] = field(default_factory=lambda: [0] * (len(BATCH_SIZE_BUCKETS) + 1))
+
+    def count_step(self, num_seqs: int, seconds: float) -> None:
+        self.num_steps += 1
+        self.step_seconds += seconds
+        # Bucket i holds sizes in (2^(i-1), 2^i]: the bounds are the powers of two.
+        self.batch_size_counts[min((num_seqs - 1).bit_length(), len(BATCH_SIZE_BUCKETS))] += 1
