@@ -36,3 +36,7 @@ class AdapterError(SternaError):
 
 class ConfigError(SternaError):
     """Settings, a model name or the machine do not allow what was asked for."""
+
+
+class UsageError(ConfigError):
+    """The command line, the environment or the settings file is wrong: exit code 2."""

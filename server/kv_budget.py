@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quant.model_file import ModelConfig
 from server.errors import ConfigError
+from server.units import format_bytes
 
 BLOCK_TOKENS = 16
 KV_ELEMENT_BYTES = 2
@@ -66,13 +67,3 @@ def plan_kv_budget(
             f"{wanted_len} tokens need {format_bytes(wanted_bytes)} (--kv-memory, --max-model-len)"
         )
     return KVBudget(num_blocks, block_bytes, min(wanted_len, num_tokens))
-
-
-def format_bytes(num_bytes: int) -> str:
-    """Binary units with three digits at most: 1.00 GiB, 94.0 MiB, 512 B."""
-    value = float(num_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.3g} {unit}"

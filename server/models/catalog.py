@@ -79,7 +79,7 @@ def find_entry(name: str) -> CatalogEntry:
     """Raises ConfigError naming the nearest entries."""
     catalog = load_catalog()
     if name not in catalog:
-        near = difflib.get_close_matches(name, catalog, n=1)
+        near = difflib.get_close_matches(name, catalog, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "`sterna models list` shows the names"
         raise ConfigError(f"no model is called {name!r}; {hint}")
     return catalog[name]

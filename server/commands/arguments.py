@@ -1,0 +1,79 @@
+"""Argument parsing that all commands share: flags made from the settings, faults as exceptions of one line.
+
+A flag's value reaches `load_settings` as text, so that bad values, unknown flags and bad entries of every other
+source are reported together.
+"""
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from server.config import Settings, load_settings
+from server.errors import ConfigError, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises UsageError instead of printing its usage and exiting, and takes no abbreviations."""
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=f"sterna {command}",
+            description=description,
+            epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} ({self.prog} --help)")
+
+
+def add_settings(parser: argparse.ArgumentParser, fields: Iterable[str] | None = None) -> None:
+    """A flag for each field (all by default) and `--config`. Flags that were not given are absent afterwards."""
+    group = parser.add_argument_group("settings", "also in sterna.toml (port = 8000) and as STERNA_PORT")
+    for name in fields if fields is not None else Settings.model_fields:
+        field = Settings.model_fields[name]
+        flag = "--" + name.replace("_", "-")
+        has_plain_default = field.default_factory is None and field.default is not None
+        text = (field.description or "") + (f" [{field.default}]" if has_plain_default else "")
+        if field.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        else:
+            group.add_argument(flag, default=argparse.SUPPRESS, help=text, metavar=_metavar(name, field.annotation))
+    group.add_argument("--config", metavar="FILE", type=Path, help="a settings file [sterna.toml, if there is one]")
+
+
+def parse_with_settings(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, Settings]:
+    """Parse the line and merge all settings. Every problem, unknown flags included, is in one UsageError."""
+    options, unknown = parser.parse_known_args(arguments)
+    problems = [_unknown(parser, text) for text in unknown]
+    flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    try:
+        settings = load_settings(flags, file=options.config)
+    except ConfigError as error:
+        raise UsageError("\n".join([*problems, str(error)])) from None
+    if problems:
+        raise UsageError("\n".join(problems))
+    return options, settings
+
+
+def _unknown(parser: argparse.ArgumentParser, text: str) -> str:
+    if not text.startswith("-"):
+        return f"{text}: one argument too many"
+    flag = text.split("=", 1)[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(flag, known, n=1)
+    return f"{flag}: no such flag" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _metavar(name: str, annotation: Any) -> str:
+    """The choices of a Literal, else the last word of the name: PORT, SECONDS, MEMORY."""
+    for candidate in (annotation, *get_args(annotation)):
+        choices = get_args(candidate)
+        if choices and all(isinstance(choice, str) for choice in choices):
+            return "{" + ",".join(choices) + "}"
+    return name.rsplit("_", 1)[-1].upper()

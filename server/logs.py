@@ -1,0 +1,48 @@
+"""Logging of the server process: one handler on standard error, lines for people or JSON for machines.
+
+Called once by `sterna serve`; libraries and tests are left alone. Results never go through here.
+"""
+
+import json
+import logging
+import sys
+import time
+from typing import Literal
+
+
+def configure_logging(level: Literal["debug", "info", "warning", "error"], style: Literal["text", "json"]) -> None:
+    """Route every logger to standard error. Per-request access lines only at debug: they cost more than a chunk."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    if level != "debug":
+        logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # "Started server process" and the like
+
+
+class TextFormatter(logging.Formatter):
+    """`2026-11-21T05:10:03.120Z INFO server.engine: message`"""
+
+    converter = time.gmtime
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+
+
+class JsonFormatter(logging.Formatter):
+    """One object a line: time, level, logger, message, and a traceback when there is one."""
+
+    converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry = {
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            entry["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(entry, ensure_ascii=False)
