@@ -1,0 +1,19 @@
+// The avx2 instantiation of every kernel; CMakeLists.txt gives this file alone its instruction-set flags.
+#include "simd_avx2.h"
+
+#include "matmul.inc"
+#include "elementwise.inc"
+#include "attention.inc"
+
+namespace sterna {
+namespace {
+
+constexpr Kernels kTable = {"avx2",    kMaxGroup, quantize_rows, matmul,    matmul_float, rms_norm, rope,
+                            silu_mul, add_bias,  store_kv,      attention, argmax,       sum_exp,  exp_shifted};
+
+}  // namespace
+
+const Kernels* avx2_table();
+const Kernels* avx2_table() { return &kTable; }
+
+}  // namespace sterna

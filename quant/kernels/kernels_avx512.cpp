@@ -1,0 +1,19 @@
+// The avx512 instantiation of every kernel; CMakeLists.txt gives this file alone its instruction-set flags.
+#include "simd_avx512.h"
+
+#include "matmul.inc"
+#include "elementwise.inc"
+#include "attention.inc"
+
+namespace sterna {
+namespace {
+
+constexpr Kernels kTable = {"avx512",    kMaxGroup, quantize_rows, matmul,    matmul_float, rms_norm, rope,
+                            silu_mul, add_bias,  store_kv,      attention, argmax,       sum_exp,  exp_shifted};
+
+}  // namespace
+
+const Kernels* avx512_table();
+const Kernels* avx512_table() { return &kTable; }
+
+}  // namespace sterna

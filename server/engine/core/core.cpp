@@ -1,0 +1,417 @@
+#include "core.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+#include "repack.h"
+
+namespace sterna {
+namespace {
+
+int64_t pad16(int64_t n) { return (n + 15) & ~int64_t{15}; }
+
+// Work below this many multiply-adds stays on the calling thread: waking the others costs about as much.
+constexpr int64_t kInlineWork = 20000;
+// Activation bytes of one row block of a matmul: half of a 1 MiB L2, the panel and the outputs share the rest.
+constexpr int64_t kRowBlockBytes = 512 << 10;
+constexpr int kAttnTokens = 16;  // query tokens of one attention task
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+}  // namespace
+
+Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(model)), limits_(limits) {
+  const ModelShape& s = model_->shape();
+  const int64_t rows = std::max(limits.max_batch_tokens, limits.max_logit_rows);
+  padded_dim_ = static_cast<int>(pad16(s.head_dim));
+  hidden_stride_ = pad16(s.hidden);
+  ffn_stride_ = pad16(s.ffn);
+  const int64_t q = pad16(static_cast<int64_t>(s.num_heads) * s.head_dim);
+  const int64_t kv = pad16(static_cast<int64_t>(s.num_kv_heads) * s.head_dim);
+  q_stride_ = q;
+  qkv_stride_ = q + 2 * kv;
+  attn_stride_ = static_cast<int64_t>(s.num_heads) * padded_dim_;
+  logit_stride_ = pad16(s.vocab);
+  mask_words_ = static_cast<int>((pad16(s.vocab) + 31) / 32);
+
+  x_ = arena_.allocate_array<float>(rows * hidden_stride_);
+  normed_ = arena_.allocate_array<float>(rows * hidden_stride_);
+  qkv_ = arena_.allocate_array<float>(rows * qkv_stride_);
+  queries_ = arena_.allocate_array<float>(rows * attn_stride_);
+  attn_padded_ = arena_.allocate_array<float>(rows * attn_stride_);
+  attn_ = padded_dim_ == s.head_dim ? attn_padded_ : arena_.allocate_array<float>(rows * q_stride_);
+  gate_up_ = arena_.allocate_array<float>(rows * 2 * ffn_stride_);
+  act_ = arena_.allocate_array<float>(rows * ffn_stride_);
+  cos_sin_ = arena_.allocate_array<float>(rows * s.rope_dim);
+  lora_t_ = arena_.allocate_array<float>(rows * 3 * 64);  // ranks of up to 64, three projections at a time
+  logits_ = arena_.allocate_array<float>(limits.max_logit_rows * logit_stride_);
+  masks_ = arena_.allocate_array<int32_t>(static_cast<size_t>(limits.max_num_seqs) * mask_words_);
+  const int64_t widest = std::max({hidden_stride_, ffn_stride_, q_stride_});
+  quantized_ = arena_.allocate_array<ActBlock>(static_cast<size_t>((rows + 7) / 8 * 8 * ((widest + kBlock - 1) / kBlock)));
+
+  kv_block_elements_ = static_cast<int64_t>(s.num_kv_heads) * padded_dim_ * kKvBlock;
+  for (int i = 0; i < s.num_layers; ++i) {
+    k_cache_.push_back(arena_.allocate_array<uint16_t>(limits.num_blocks * kv_block_elements_));
+    v_cache_.push_back(arena_.allocate_array<uint16_t>(limits.num_blocks * kv_block_elements_));
+  }
+  for (int i = 0; i < s.rope_dim / 2; ++i) {
+    const float frequency = 1.0f / std::pow(s.rope_theta, static_cast<float>(2 * i) / static_cast<float>(s.rope_dim));
+    frequencies_.push_back(s.rope_factors.empty() ? frequency : frequency / s.rope_factors[static_cast<size_t>(i)]);
+  }
+  row_seq_.resize(rows);
+  row_position_.resize(rows);
+  lora_rows_.resize(rows);
+  lora_groups_.reserve(static_cast<size_t>(limits.max_loras));
+  loras_.resize(static_cast<size_t>(limits.max_loras));
+  sequences_.resize(static_cast<size_t>(limits.max_num_seqs));
+  for (int i = 0; i < model_->team().size(); ++i) scratch_.emplace_back(s.vocab);
+}
+
+template <class F>
+void Core::for_rows(int rows, int64_t work_a_row, F&& f) {
+  // Chunks of whole activation groups, so that two threads never write the same group.
+  const int grain = std::max(group_, 1);
+  const int chunks = (rows + grain - 1) / grain;
+  if (rows * work_a_row < kInlineWork) {
+    f(0, rows);
+    return;
+  }
+  model_->team().run(chunks, [&](int chunk, int) { f(chunk * grain, std::min(rows, (chunk + 1) * grain)); });
+}
+
+void Core::check(const Batch& b) const {
+  const ModelShape& s = model_->shape();
+  if (b.rows < 1 || b.rows > limits_.max_batch_tokens) fail("the batch has " + std::to_string(b.rows) + " rows");
+  if (b.seqs < 1 || b.seqs > b.rows || b.seq_starts[0] != 0 || b.seq_starts[b.seqs] != b.rows) fail("bad seq_starts");
+  if (b.logit_count > limits_.max_logit_rows) fail("too many logit rows");
+  for (int i = 0; i < b.rows; ++i)
+    if (b.token_ids[i] < 0 || b.token_ids[i] >= s.vocab) fail("token id " + std::to_string(b.token_ids[i]) + " is out of range");
+  for (int i = 0; i < b.logit_count; ++i)
+    if (b.logit_rows[i] < 0 || b.logit_rows[i] >= b.rows) fail("logit row out of range");
+  for (int i = 0; i < b.seqs; ++i) {
+    const int count = b.seq_starts[i + 1] - b.seq_starts[i], end = b.seq_positions[i] + count;
+    if (count < 1 || b.seq_positions[i] < 0 || end > b.max_blocks * kKvBlock || end > s.max_positions) {
+      fail("sequence " + std::to_string(i) + " of the batch does not fit its block table");
+    }
+    for (int j = 0; j < (end + kKvBlock - 1) / kKvBlock; ++j) {
+      const int32_t block = b.block_tables[static_cast<int64_t>(i) * b.max_blocks + j];
+      if (block < 0 || block >= limits_.num_blocks) fail("KV block out of range");
+    }
+    const int slot = b.lora_slots[i];
+    if (slot >= limits_.max_loras || (slot >= 0 && !loras_[static_cast<size_t>(slot)])) fail("LoRA slot is empty");
+  }
+}
+
+void Core::prepare(const Batch& b) {
+  const ModelShape& s = model_->shape();
+  for (int i = 0; i < b.seqs; ++i)
+    for (int r = b.seq_starts[i]; r < b.seq_starts[i + 1]; ++r) {
+      row_seq_[static_cast<size_t>(r)] = i;
+      row_position_[static_cast<size_t>(r)] = b.seq_positions[i] + r - b.seq_starts[i];
+    }
+  const int max_group = model_->kernels().max_group;
+  group_ = b.rows == 1 ? 1 : b.rows <= 4 ? 4 : max_group;
+
+  lora_groups_.clear();
+  int used = 0;
+  for (int slot = 0; slot < limits_.max_loras; ++slot) {
+    if (!loras_[static_cast<size_t>(slot)]) continue;
+    const int begin = used;
+    for (int i = 0; i < b.seqs; ++i)
+      if (b.lora_slots[i] == slot)
+        for (int r = b.seq_starts[i]; r < b.seq_starts[i + 1]; ++r) lora_rows_[static_cast<size_t>(used++)] = r;
+    if (used > begin) lora_groups_.push_back({slot, begin, used - begin});
+  }
+
+  const int half = s.rope_dim / 2;
+  for_rows(b.rows, 20 * s.rope_dim, [&](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      float* to = cos_sin_ + static_cast<int64_t>(r) * s.rope_dim;
+      const float position = static_cast<float>(row_position_[static_cast<size_t>(r)]);
+      for (int i = 0; i < half; ++i) {
+        const float angle = position * frequencies_[static_cast<size_t>(i)];
+        to[i] = std::cos(angle);
+        to[half + i] = std::sin(angle);
+      }
+      unpack_row(model_->embedding(), b.token_ids[r], x_ + r * hidden_stride_);
+    }
+  });
+}
+
+void Core::forward(const Batch& batch) {
+  check(batch);
+  prepare(batch);
+  for (int i = 0; i < model_->shape().num_layers; ++i) run_layer(batch, i);
+  if (batch.logit_count) compute_logits(batch);
+}
+
+void Core::run_layer(const Batch& b, int index) {
+  const ModelShape& s = model_->shape();
+  const Layer& layer = model_->layers()[static_cast<size_t>(index)];
+  const int64_t kv = (qkv_stride_ - q_stride_) / 2;
+
+  norm_quantize(layer.attn_norm, b.rows);
+  const Target qkv[3] = {{&layer.projection[kQ], kQ, qkv_},
+                         {&layer.projection[kK], kK, qkv_ + q_stride_},
+                         {&layer.projection[kV], kV, qkv_ + q_stride_ + kv}};
+  project(index, normed_, hidden_stride_, b.rows, qkv, 3, qkv_stride_, false);
+  rotate_and_store(b, index);
+  attend(b, index);
+  const int64_t attn_stride = attn_ == attn_padded_ ? attn_stride_ : q_stride_;
+  quantize(attn_, attn_stride, b.rows, s.num_heads * s.head_dim);
+  const Target o = {&layer.projection[kO], kO, x_};
+  project(index, attn_, attn_stride, b.rows, &o, 1, hidden_stride_, true);
+
+  norm_quantize(layer.ffn_norm, b.rows);
+  const Target gate_up[2] = {{&layer.projection[kGate], kGate, gate_up_},
+                             {&layer.projection[kUp], kUp, gate_up_ + ffn_stride_}};
+  project(index, normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_, false);
+  const Kernels& k = model_->kernels();
+  for_rows(b.rows, s.ffn * 4, [&](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      const float* gate = gate_up_ + r * 2 * ffn_stride_;
+      k.silu_mul(gate, gate + ffn_stride_, s.ffn, act_ + r * ffn_stride_);
+    }
+    if (s.ffn % kBlock == 0) k.quantize_rows(act_, ffn_stride_, begin, end, s.ffn, group_, quantized_);
+  });
+  const Target down = {&layer.projection[kDown], kDown, x_};
+  project(index, act_, ffn_stride_, b.rows, &down, 1, hidden_stride_, true);
+}
+
+void Core::norm_quantize(const float* weight, int rows) {
+  const ModelShape& s = model_->shape();
+  const Kernels& k = model_->kernels();
+  for_rows(rows, s.hidden * 2, [&](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      k.rms_norm(x_ + r * hidden_stride_, weight, s.hidden, s.rms_norm_eps, normed_ + r * hidden_stride_);
+    }
+    if (s.hidden % kBlock == 0) k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, quantized_);
+  });
+}
+
+void Core::quantize(const float* x, int64_t stride, int rows, int cols) {
+  if (cols % kBlock) return;  // only float weights have such rows; they read x itself
+  for_rows(rows, cols, [&](int begin, int end) {
+    model_->kernels().quantize_rows(x, stride, begin, end, cols, group_, quantized_);
+  });
+}
+
+void Core::project(int layer, const float* x, int64_t x_stride, int rows, const Target* targets, int count,
+                   int64_t out_stride, bool accumulate) {
+  const Kernels& k = model_->kernels();
+  int panels = 0;
+  for (int t = 0; t < count; ++t) panels += targets[t].w->panels;
+  const int cols = targets[0].w->cols;
+  // Row blocks whose activations stay in L2 while the panels stream by; whole groups only.
+  const int block_rows = std::max<int>(8, static_cast<int>(kRowBlockBytes * 2 / 3 / cols) & ~7);
+  const int row_blocks = (rows + block_rows - 1) / block_rows;
+  const int wanted = model_->team().size() * 8 / row_blocks;
+  const int grain = std::max(1, std::min(panels / std::max(wanted, 1), 16));
+  const int panel_chunks = (panels + grain - 1) / grain;
+  model_->team().run(row_blocks * panel_chunks, [&](int chunk, int) {
+    const int row_begin = chunk / panel_chunks * block_rows, row_end = std::min(rows, row_begin + block_rows);
+    int begin = chunk % panel_chunks * grain, end = std::min(panels, begin + grain);
+    for (int t = 0; t < count && end > 0; ++t) {
+      const PackedMatrix& w = *targets[t].w;
+      const int first = std::max(begin, 0), last = std::min(end, w.panels);
+      if (first < last) {
+        if (is_float(w.format)) {
+          k.matmul_float(w, x, x_stride, nullptr, row_begin, row_end, first, last, targets[t].out, out_stride, accumulate);
+        } else {
+          k.matmul(w, quantized_, group_, row_begin, row_end, first, last, targets[t].out, out_stride, accumulate);
+        }
+      }
+      begin -= w.panels;
+      end -= w.panels;
+    }
+  });
+  if (!lora_groups_.empty()) apply_lora(layer, x, x_stride, targets, count, out_stride);
+}
+
+void Core::apply_lora(int layer, const float* x, int64_t x_stride, const Target* targets, int count, int64_t out_stride) {
+  const Kernels& k = model_->kernels();
+  const auto pair_of = [&](const LoraGroup& g, int t) -> const LoraPair& {
+    return loras_[static_cast<size_t>(g.slot)]->layers[static_cast<size_t>(layer)][static_cast<size_t>(targets[t].projection)];
+  };
+  constexpr int kRows = 32;
+  // Each task: one group's rows by 32, for one projection. First t = scale * A x, then out += B t, in one task: the
+  // low-rank part of a row is small, and no barrier is needed between the two.
+  int tasks = 0;
+  for (const auto& g : lora_groups_) tasks += (g.count + kRows - 1) / kRows * count;
+  model_->team().run(tasks, [&](int task, int) {
+    for (const auto& g : lora_groups_) {
+      const int mine = (g.count + kRows - 1) / kRows * count;
+      if (task >= mine) {
+        task -= mine;
+        continue;
+      }
+      const int t = task % count, begin = task / count * kRows, end = std::min(g.count, begin + kRows);
+      const LoraPair& p = pair_of(g, t);
+      if (!p.a.q) return;
+      const int32_t* rows = lora_rows_.data() + g.begin;
+      float* low = lora_t_ + t * 64;
+      k.matmul_float(p.a, x, x_stride, rows, begin, end, 0, p.a.panels, low, 3 * 64, false);
+      for (int i = begin; i < end; ++i) {
+        float* row = low + static_cast<int64_t>(rows[i]) * 3 * 64;
+        for (int r = 0; r < p.a.rows; ++r) row[r] *= p.scale;
+      }
+      k.matmul_float(p.b, low, 3 * 64, rows, begin, end, 0, p.b.panels, targets[t].out, out_stride, true);
+      return;
+    }
+  });
+}
+
+void Core::rotate_and_store(const Batch& b, int index) {
+  const ModelShape& s = model_->shape();
+  const Layer& layer = model_->layers()[static_cast<size_t>(index)];
+  const Kernels& k = model_->kernels();
+  const int64_t kv = (qkv_stride_ - q_stride_) / 2;
+  for_rows(b.rows, qkv_stride_ * 4, [&](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      float* q = qkv_ + r * qkv_stride_;
+      float *keys = q + q_stride_, *values = keys + kv;
+      if (layer.bias[kQ]) k.add_bias(q, layer.bias[kQ], s.num_heads * s.head_dim);
+      if (layer.bias[kK]) k.add_bias(keys, layer.bias[kK], s.num_kv_heads * s.head_dim);
+      if (layer.bias[kV]) k.add_bias(values, layer.bias[kV], s.num_kv_heads * s.head_dim);
+      const float* angles = cos_sin_ + static_cast<int64_t>(r) * s.rope_dim;
+      float* to = queries_ + r * attn_stride_;
+      for (int h = 0; h < s.num_heads; ++h, to += padded_dim_) {
+        float* head = q + h * s.head_dim;
+        if (layer.q_norm) k.rms_norm(head, layer.q_norm, s.head_dim, s.rms_norm_eps, head);
+        k.rope(head, angles, s.rope_dim);
+        std::memcpy(to, head, static_cast<size_t>(s.head_dim) * sizeof(float));  // the padding stays zero
+      }
+      const int position = row_position_[static_cast<size_t>(r)];
+      const int32_t* table = b.block_tables + static_cast<int64_t>(row_seq_[static_cast<size_t>(r)]) * b.max_blocks;
+      const int64_t block = table[position / kKvBlock] * kv_block_elements_;
+      for (int h = 0; h < s.num_kv_heads; ++h) {
+        float* head = keys + h * s.head_dim;
+        if (layer.k_norm) k.rms_norm(head, layer.k_norm, s.head_dim, s.rms_norm_eps, head);
+        k.rope(head, angles, s.rope_dim);
+        const int64_t at = block + static_cast<int64_t>(h) * padded_dim_ * kKvBlock;
+        k.store_kv(head, values + h * s.head_dim, s.head_dim, padded_dim_, position % kKvBlock,
+                   k_cache_[static_cast<size_t>(index)] + at, v_cache_[static_cast<size_t>(index)] + at);
+      }
+    }
+  });
+}
+
+void Core::attend(const Batch& b, int index) {
+  const ModelShape& s = model_->shape();
+  const Kernels& k = model_->kernels();
+  int tiles = 0;
+  int64_t work = 0;
+  for (int i = 0; i < b.seqs; ++i) {
+    const int n = b.seq_starts[i + 1] - b.seq_starts[i];
+    tiles += (n + kAttnTokens - 1) / kAttnTokens;
+    work += static_cast<int64_t>(n) * (b.seq_positions[i] + n) * attn_stride_;
+  }
+  auto task = [&](int item) {
+    int tile = item / s.num_kv_heads;
+    const int kv_head = item % s.num_kv_heads;
+    int i = 0;
+    for (;; ++i) {
+      const int mine = (b.seq_starts[i + 1] - b.seq_starts[i] + kAttnTokens - 1) / kAttnTokens;
+      if (tile < mine) break;
+      tile -= mine;
+    }
+    const int start = b.seq_starts[i], n = b.seq_starts[i + 1] - start;
+    const AttentionArgs args = {queries_ + start * attn_stride_, attn_padded_ + start * attn_stride_, attn_stride_,
+                                attn_stride_, k_cache_[static_cast<size_t>(index)], v_cache_[static_cast<size_t>(index)],
+                                kv_block_elements_, b.block_tables + static_cast<int64_t>(i) * b.max_blocks,
+                                b.seq_positions[i], padded_dim_, s.num_heads / s.num_kv_heads,
+                                1.0f / std::sqrt(static_cast<float>(s.head_dim))};
+    k.attention(args, kv_head, tile * kAttnTokens, std::min(n, (tile + 1) * kAttnTokens));
+  };
+  const int items = tiles * s.num_kv_heads;
+  if (work < kInlineWork) {
+    for (int item = 0; item < items; ++item) task(item);
+  } else {
+    model_->team().run(items, [&](int item, int) { task(item); });
+  }
+  if (attn_ == attn_padded_) return;
+  for (int r = 0; r < b.rows; ++r)
+    for (int h = 0; h < s.num_heads; ++h)
+      std::memcpy(attn_ + r * q_stride_ + h * s.head_dim, attn_padded_ + r * attn_stride_ + h * padded_dim_,
+                  static_cast<size_t>(s.head_dim) * sizeof(float));
+}
+
+void Core::compute_logits(const Batch& b) {
+  const ModelShape& s = model_->shape();
+  const Kernels& k = model_->kernels();
+  const int rows = b.logit_count;
+  group_ = rows == 1 ? 1 : rows <= 4 ? 4 : k.max_group;
+  for_rows(rows, s.hidden * 2, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      k.rms_norm(x_ + b.logit_rows[i] * hidden_stride_, model_->output_norm(), s.hidden, s.rms_norm_eps,
+                 normed_ + i * hidden_stride_);
+    }
+    if (s.hidden % kBlock == 0) k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, quantized_);
+  });
+  const Target head = {&model_->head(), -1, logits_};
+  lora_groups_.clear();  // no adapter touches the head
+  project(0, normed_, hidden_stride_, rows, &head, 1, logit_stride_, false);
+}
+
+SamplingState& Core::sequence(int slot) {
+  if (slot < 0 || slot >= limits_.max_num_seqs) fail("sequence slot out of range");
+  return sequences_[static_cast<size_t>(slot)];
+}
+
+void Core::sample(int count, const int32_t* slots, const int32_t* positions, const int32_t* targets,
+                  const int32_t* num_top, const uint8_t* use_mask, int32_t* out_tokens, float* out_logprobs,
+                  int32_t* out_top_ids, float* out_top_logprobs) {
+  if (count > limits_.max_logit_rows) fail("too many rows to sample");
+  const int vocab = model_->shape().vocab;
+  for (int i = 0; i < count; ++i) {
+    sequence(slots[i]);
+    if (num_top[i] > 20 || targets[i] >= vocab) fail("num_top or target out of range");
+  }
+  model_->team().run(count, [&](int i, int member) {
+    const SampleRow row = {&sequences_[static_cast<size_t>(slots[i])],
+                           use_mask[i] ? masks_ + static_cast<int64_t>(slots[i]) * mask_words_ : nullptr, positions[i],
+                           targets[i], num_top[i]};
+    SampleResult result;
+    sample_row(model_->kernels(), row, logits_ + i * logit_stride_, vocab, scratch_[static_cast<size_t>(member)], &result);
+    out_tokens[i] = result.token;
+    out_logprobs[i] = result.logprob;
+    for (int j = 0; j < num_top[i]; ++j) {
+      out_top_ids[i * 20 + j] = result.top_ids[j];
+      out_top_logprobs[i * 20 + j] = result.top_logprobs[j];
+    }
+  });
+  for (int i = 0; i < count; ++i)
+    if (targets[i] < 0) sequences_[static_cast<size_t>(slots[i])].append(out_tokens[i]);
+}
+
+void Core::load_lora(int slot, int layer, const std::string& projection, const float* a, const float* b, int rank,
+                     int in_features, int out_features, float scale) {
+  const ModelShape& s = model_->shape();
+  const int p = projection_index(projection);
+  if (slot < 0 || slot >= limits_.max_loras || layer < 0 || layer >= s.num_layers || p < 0) fail("bad LoRA slot, layer or projection");
+  if (rank < 1 || rank > 64) fail("LoRA rank " + std::to_string(rank) + " is not between 1 and 64");
+  if (projection_size(s, p) != std::pair{out_features, in_features}) fail("LoRA shape does not fit " + projection);
+  auto& lora = loras_[static_cast<size_t>(slot)];
+  if (!lora) {
+    lora = std::make_unique<Lora>();
+    lora->layers.resize(static_cast<size_t>(s.num_layers));
+  }
+  LoraPair& pair = lora->layers[static_cast<size_t>(layer)][static_cast<size_t>(p)];
+  const auto pack = [&](const float* data, int rows, int cols) {
+    const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float);
+    return Model::pack(lora->arena, model_->team(), static_cast<int>(GgmlType::F32),
+                       reinterpret_cast<const uint8_t*>(data), bytes, rows, cols, nullptr);
+  };
+  pair.a = pack(a, rank, in_features);
+  pair.b = pack(b, out_features, rank);
+  pair.scale = scale;
+}
+
+void Core::clear_lora(int slot) {
+  if (slot < 0 || slot >= limits_.max_loras) fail("LoRA slot out of range");
+  loras_[static_cast<size_t>(slot)].reset();
+}
+
+}  // namespace sterna

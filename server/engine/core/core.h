@@ -1,0 +1,101 @@
+// The engine's core: one forward pass over a mixed batch of prefill chunks and decodes with a paged KV cache and
+// per-sequence LoRA, and the sampler. Buffers are allocated at construction; a step allocates nothing.
+//
+// Rows of the batch are grouped by sequence. Nothing here knows of requests, text or scheduling.
+#pragma once
+
+#include <array>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "model.h"
+#include "sampler.h"
+
+namespace sterna {
+
+struct CoreLimits {
+  int num_blocks, max_num_seqs, max_batch_tokens, max_logit_rows, max_loras;
+};
+
+// One step's input; all arrays are the caller's. See Core::forward.
+struct Batch {
+  const int32_t* token_ids;      // [rows]
+  int rows;
+  const int32_t* seq_starts;     // [seqs + 1]
+  const int32_t* seq_positions;  // [seqs] absolute position of each sequence's first row
+  int seqs;
+  const int32_t* block_tables;   // [seqs][max_blocks]
+  int max_blocks;
+  const int32_t* lora_slots;     // [seqs], -1: none
+  const int32_t* logit_rows;     // [logit_count]
+  int logit_count;
+};
+
+class Core {
+ public:
+  Core(std::shared_ptr<Model> model, CoreLimits limits);
+
+  // Logits of `logit_rows` end up in logits(). Throws std::invalid_argument on any index out of range.
+  void forward(const Batch& batch);
+  float* logits() { return logits_; }
+  int64_t logit_stride() const { return logit_stride_; }
+
+  SamplingState& sequence(int slot);
+  int32_t* masks() { return masks_; }
+  int mask_words() const { return mask_words_; }
+  // Samples or scores the logit rows of the last forward, in order.
+  void sample(int count, const int32_t* slots, const int32_t* positions, const int32_t* targets, const int32_t* num_top,
+              const uint8_t* use_mask, int32_t* out_tokens, float* out_logprobs, int32_t* out_top_ids,
+              float* out_top_logprobs);
+
+  void load_lora(int slot, int layer, const std::string& projection, const float* a, const float* b, int rank,
+                 int in_features, int out_features, float scale);
+  void clear_lora(int slot);
+
+  Model& model() { return *model_; }
+  const CoreLimits& limits() const { return limits_; }
+
+ private:
+  struct LoraPair { PackedMatrix a = {}, b = {}; float scale = 0; };
+  struct Lora {
+    Arena arena;
+    std::vector<std::array<LoraPair, kNumProjections>> layers;
+  };
+  struct LoraGroup { int slot, begin, count; };  // rows lora_rows_[begin .. begin + count)
+  struct Target { const PackedMatrix* w; int projection; float* out; };
+
+  void check(const Batch& batch) const;
+  void prepare(const Batch& batch);
+  void run_layer(const Batch& batch, int index);
+  void norm_quantize(const float* weight, int rows);
+  void quantize(const float* x, int64_t stride, int rows, int cols);
+  // out (+)= W x + LoRA for up to three projections of the same input.
+  void project(int layer, const float* x, int64_t x_stride, int rows, const Target* targets, int count,
+               int64_t out_stride, bool accumulate);
+  void apply_lora(int layer, const float* x, int64_t x_stride, const Target* targets, int count, int64_t out_stride);
+  void rotate_and_store(const Batch& batch, int index);
+  void attend(const Batch& batch, int index);
+  void compute_logits(const Batch& batch);
+  template <class F>
+  void for_rows(int rows, int64_t work_a_row, F&& f);
+
+  std::shared_ptr<Model> model_;
+  CoreLimits limits_;
+  Arena arena_;
+  int padded_dim_, mask_words_;
+  int64_t hidden_stride_, ffn_stride_, q_stride_, qkv_stride_, attn_stride_, logit_stride_, kv_block_elements_;
+  std::vector<float> frequencies_;
+  std::vector<uint16_t*> k_cache_, v_cache_;
+  float *x_, *normed_, *qkv_, *queries_, *attn_padded_, *attn_, *gate_up_, *act_, *cos_sin_, *lora_t_, *logits_;
+  ActBlock* quantized_;
+  int32_t* masks_;
+  int group_ = 1;
+  std::vector<int32_t> row_seq_, row_position_, lora_rows_;
+  std::vector<LoraGroup> lora_groups_;
+  std::vector<std::unique_ptr<Lora>> loras_;
+  std::vector<SamplingState> sequences_;
+  std::vector<SampleScratch> scratch_;
+};
+
+}  // namespace sterna

@@ -1,0 +1,71 @@
+// A model's packed weights and shapes. Filled tensor by tensor at load, read-only afterwards.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "kernels.h"
+#include "thread_team.h"
+
+namespace sterna {
+
+enum Projection { kQ, kK, kV, kO, kGate, kUp, kDown, kNumProjections };
+
+struct ModelShape {
+  int num_layers, hidden, ffn, num_heads, num_kv_heads, head_dim, vocab, rope_dim, max_positions;
+  float rms_norm_eps, rope_theta;
+  std::vector<float> rope_factors;  // divide the frequencies; empty: none
+};
+
+struct Layer {
+  PackedMatrix projection[kNumProjections] = {};
+  const float* bias[kNumProjections] = {};  // only q, k and v have one (qwen2)
+  const float* attn_norm = nullptr;
+  const float* ffn_norm = nullptr;
+  const float* q_norm = nullptr;  // per head (qwen3)
+  const float* k_norm = nullptr;
+};
+
+class Model {
+ public:
+  Model(ModelShape shape, const Kernels* kernels, int num_threads);
+
+  // `name` is "embedding", "head", "attn_norm", "ffn_norm", "output_norm", "q_norm", "k_norm" or a projection
+  // ("q_proj" ...); row_map as in pack_panels. Throws std::invalid_argument with the reason.
+  void add_matrix(const std::string& name, int layer, int ggml_type, const uint8_t* data, size_t bytes, int rows,
+                  int cols, const int32_t* row_map);
+  void add_vector(const std::string& name, int layer, const float* data, int size);
+  // Checks that nothing is missing and ties the head to the embedding when there is none.
+  void finish();
+
+  const ModelShape& shape() const { return shape_; }
+  const Kernels& kernels() const { return *kernels_; }
+  ThreadTeam& team() { return team_; }
+  const std::vector<Layer>& layers() const { return layers_; }
+  const PackedMatrix& embedding() const { return embedding_; }
+  const PackedMatrix& head() const { return head_; }
+  const float* output_norm() const { return output_norm_; }
+  size_t weight_bytes() const { return weight_bytes_; }
+
+  // Packs into this arena's memory; also what adapters use for their own.
+  static PackedMatrix pack(Arena& arena, ThreadTeam& team, int ggml_type, const uint8_t* data, size_t bytes, int rows,
+                           int cols, const int32_t* row_map);
+
+ private:
+  ModelShape shape_;
+  const Kernels* kernels_;
+  ThreadTeam team_;
+  Arena arena_;
+  std::vector<Layer> layers_;
+  PackedMatrix embedding_ = {}, head_ = {};
+  const float* output_norm_ = nullptr;
+  size_t weight_bytes_ = 0;
+};
+
+int projection_index(const std::string& name);  // -1 when it is none
+// (rows, columns) that a projection has in this model.
+std::pair<int, int> projection_size(const ModelShape& shape, int projection);
+
+}  // namespace sterna
