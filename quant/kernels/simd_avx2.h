@@ -13,6 +13,7 @@ namespace sterna {
 namespace {
 
 constexpr int kMaxGroup = 4;     // 16 registers: 4 rows x 2 halves of 16-bit sums, the rest for weights
+constexpr bool kSigned8 = true;  // block_dot<8> multiplies signed values: no offset to take back
 constexpr int kAttnRows = 2;
 constexpr int kAttnVectors = 2;
 

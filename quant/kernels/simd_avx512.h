@@ -10,6 +10,7 @@ namespace sterna {
 namespace {
 
 constexpr int kMaxGroup = 8;      // 8 int32 + 8 float accumulators + weights fit 32 registers
+constexpr bool kSigned8 = false;  // 8-bit quants go in unsigned, as every other width
 constexpr int kAttnRows = 4;      // 4 rows x 64 dims of output are 16 accumulators
 constexpr int kAttnVectors = 4;   // output vectors a pass
 

@@ -9,6 +9,7 @@ namespace sterna {
 namespace {
 
 constexpr int kMaxGroup = 4;
+constexpr bool kSigned8 = false;
 constexpr int kAttnRows = 2;
 constexpr int kAttnVectors = 4;
 
