@@ -154,3 +154,13 @@ def _spelled(key: str, source: str) -> str:
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with changes, for a child process that must keep the user's settings (pip)."""
     return dict(os.environ) | changes
+
+
+def limit_library_threads() -> None:
+    """Keep NumPy, tokenizers and llguidance from starting thread pools: the engine's team has all cores already.
+
+    Works only before those libraries are imported. A value that the user set stays.
+    """
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -6,7 +6,7 @@ Called once by `sterna serve`; libraries and tests are left alone. Results never
 import json
 import logging
 import sys
-import time
+from datetime import UTC, datetime
 from typing import Literal
 
 
@@ -25,20 +25,19 @@ def configure_logging(level: Literal["debug", "info", "warning", "error"], style
 class TextFormatter(logging.Formatter):
     """`2026-11-21T05:10:03.120Z INFO server.engine: message`"""
 
-    converter = time.gmtime
-
     def __init__(self) -> None:
-        super().__init__("%(asctime)s.%(msecs)03dZ %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return _utc(record)
 
 
 class JsonFormatter(logging.Formatter):
     """One object a line: time, level, logger, message, and a traceback when there is one."""
 
-    converter = time.gmtime
-
     def format(self, record: logging.LogRecord) -> str:
         entry = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03d}Z",
+            "time": _utc(record),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
@@ -46,3 +45,7 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["traceback"] = self.formatException(record.exc_info)
         return json.dumps(entry, ensure_ascii=False)
+
+
+def _utc(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
