@@ -1,0 +1,117 @@
+"""The engine alone, timed: prefill of 512 tokens and greedy decode at batch 1, 8 and 32.
+
+Measures full forward passes: prefix cache and speculation do not exist at this level, prompts are distinct random
+tokens of equal length, KV is f16, the head has the file's precision, and every step samples every row. The keys are
+those of the llama.cpp script that it is compared with. Not covered: scheduling, HTTP and detokenization.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import _sterna
+from quant.model_file import open_model
+from server.engine.weights import load_core
+
+_PREFILL = 512
+_PROMPT = 6
+_STEPS = 64
+_CONTEXT = 256
+"""Tokens reserved for each sequence of the decode runs, as in the llama.cpp script."""
+_BATCHES = (1, 8, 32)
+_REPEATS = 3
+
+
+def _i32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+class EngineTimer:
+    """Drives a core without a scheduler: sequence s owns blocks [s * n, (s + 1) * n)."""
+
+    def __init__(self, core: "_sterna.Core", blocks_a_sequence: int) -> None:
+        self._core = core
+        self._blocks = blocks_a_sequence
+        self._rng = np.random.default_rng(0)
+        for slot in range(core.max_num_seqs):
+            self._greedy(slot)
+
+    def _greedy(self, slot: int) -> None:
+        none, no_floats = np.empty(0, np.int32), np.empty(0, np.float32)
+        self._core.set_sequence(slot, none, none, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, none, no_floats, none, 0)
+
+    def _step(self, tokens: np.ndarray, starts: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
+        count = len(positions)
+        slots = np.arange(count, dtype=np.int32)
+        tables = slots[:, None] * self._blocks + np.arange(self._blocks, dtype=np.int32)[None]
+        out = np.empty(count, np.int32)
+        minus = np.full(count, -1, np.int32)
+        self._core.step(
+            token_ids=tokens,
+            seq_starts=starts,
+            seq_positions=positions,
+            block_tables=np.ascontiguousarray(tables, np.int32),
+            lora_slots=minus,
+            logit_rows=last,
+            slots=slots,
+            positions=positions + np.diff(starts),
+            targets=minus,
+            num_top=minus,
+            use_mask=np.zeros(count, np.uint8),
+            out_tokens=out,
+            out_logprobs=np.empty(count, np.float32),
+            out_top_ids=np.empty((count, 20), np.int32),
+            out_top_logprobs=np.empty((count, 20), np.float32),
+        )
+        return out
+
+    def prefill(self, tokens: int) -> float:
+        """Tokens per second of one prompt in one step."""
+        ids = self._rng.integers(0, self._core.vocab_size, tokens).astype(np.int32)
+        start = time.perf_counter()
+        self._step(ids, _i32(0, tokens), _i32(0), _i32(tokens - 1))
+        return tokens / (time.perf_counter() - start)
+
+    def decode(self, batch: int) -> float:
+        """Tokens per second of `batch` sequences that decode together for 64 steps."""
+        prompts = self._rng.integers(0, self._core.vocab_size, (batch, _PROMPT)).astype(np.int32)
+        starts = np.arange(batch + 1, dtype=np.int32)
+        last = np.arange(1, batch + 1, dtype=np.int32) * _PROMPT - 1
+        zeros = np.zeros(batch, np.int32)
+        tokens = self._step(prompts.reshape(-1), starts * _PROMPT, zeros, last)
+        start = time.perf_counter()
+        for step in range(_STEPS):
+            tokens = self._step(tokens, starts, zeros + _PROMPT + step, starts[:-1])
+        return batch * _STEPS / (time.perf_counter() - start)
+
+
+def run_bench(
+    model: str | Path, *, threads: int, isa: str = "auto", progress: Callable[[str], None] | None = None
+) -> dict[str, object]:
+    """Medians of three, tokens per second. Raises ModelFileError for a file that cannot be served."""
+    say = progress or (lambda _: None)
+    file = open_model(model)
+    blocks = _CONTEXT // 16
+    say("loading")
+    core = load_core(
+        file,
+        isa=isa,
+        num_threads=threads,
+        num_blocks=max(_BATCHES) * blocks,
+        max_num_seqs=max(_BATCHES),
+        max_batch_tokens=_PREFILL,
+    )
+    result: dict[str, object] = {"engine": "sterna", "model": str(model), "threads": threads}
+    say("prefill 512")
+    timer = EngineTimer(core, _PREFILL // 16)
+    timer.prefill(_PREFILL)  # the first pass touches buffers for the first time
+    result["prefill512_tok_s"] = round(statistics.median(timer.prefill(_PREFILL) for _ in range(_REPEATS)), 1)
+    for batch in _BATCHES:
+        say(f"decode at batch {batch}")
+        timer = EngineTimer(core, blocks)
+        result[f"decode_b{batch}_tok_s"] = round(statistics.median(timer.decode(batch) for _ in range(_REPEATS)), 1)
+    file.close()
+    return result
