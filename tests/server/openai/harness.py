@@ -1,0 +1,93 @@
+"""An application over the scripted engine, and the official client against it, in one event loop."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from fastapi import FastAPI
+from openai import AsyncOpenAI
+
+from server.app import Runtime, create_app
+from server.backends.chat_plan import ChatPlanner
+from server.backends.native import NativeBackend
+from server.engine.stats import EngineStats
+from server.metrics import Metrics
+from server.openai.service import ServedModel
+from server.text.chat_template import ChatTemplate
+from server.tools.constraint import ConstraintFactory
+from tests.server.openai.scripted import CHATML, DIGEST, Answer, Script, ScriptedEngine, byte_tokenizer
+
+MODEL = "tiny"
+MAX_MODEL_LEN = 2048
+
+
+@dataclass
+class Harness:
+    app: FastAPI
+    engine: ScriptedEngine
+    backend: NativeBackend
+    http: httpx.AsyncClient
+    client: AsyncOpenAI
+
+    async def post(self, path: str, body: Any) -> httpx.Response:
+        return await self.http.post(path, json=body)
+
+
+def say(answer: Answer | str) -> Script:
+    """A script that always answers the same."""
+    fixed = Answer(answer) if isinstance(answer, str) else answer
+    return lambda token_ids, params: fixed
+
+
+def no_stats() -> EngineStats:
+    fields = {name: 0 for name in EngineStats.__dataclass_fields__}
+    return EngineStats(**{**fields, "num_blocks_total": 8, "batch_size_counts": (0,) * 10})  # type: ignore[arg-type]
+
+
+def build_backend(
+    engine: ScriptedEngine, metrics: Metrics, *, template: str | None = CHATML, max_model_len: int = MAX_MODEL_LEN
+) -> NativeBackend:
+    tokenizer = engine.tokenizer
+    chat = None if template is None else ChatTemplate(template, bos_token="", eos_token="<|im_end|>")
+    constraints = ConstraintFactory(tokenizer, mask_words=-(-tokenizer.vocab_size // 32))
+    return NativeBackend(
+        engine,
+        tokenizer,
+        ChatPlanner(tokenizer, chat, constraints, template_text=template),
+        digest=DIGEST,
+        max_model_len=max_model_len,
+        max_choices=256,
+        metrics=metrics,
+    )
+
+
+@asynccontextmanager
+async def serving(answer: Script | Answer | str = "Hello!", *, template: str | None = CHATML) -> AsyncIterator[Harness]:
+    """The application with its model loaded, and clients for it (without retries, which would hide a 429)."""
+    script = answer if callable(answer) else say(answer)
+    engine = ScriptedEngine(byte_tokenizer(template), script)
+    backends: list[NativeBackend] = []
+
+    @asynccontextmanager
+    async def open_runtime(metrics: Metrics) -> AsyncIterator[Runtime]:
+        backends.append(build_backend(engine, metrics, template=template))
+        yield Runtime(backends[0], (ServedModel(MODEL, MAX_MODEL_LEN, root=MODEL),), no_stats)
+
+    app = create_app(open_runtime)
+    async with app.router.lifespan_context(app), asgi_client(app) as http:
+        while not app.state.service.is_open:
+            await _turn()
+        client = AsyncOpenAI(api_key="unused", base_url="http://test/v1", http_client=http, max_retries=0)
+        yield Harness(app, engine, backends[0], http, client)
+
+
+def asgi_client(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+
+
+async def _turn() -> None:
+    import asyncio
+
+    await asyncio.sleep(0)
