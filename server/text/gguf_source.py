@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from server.errors import ConfigError
-from server.text import pretokenizers, special_tokens
+from server.text import pretokenizers, score_merges, special_tokens
 from server.text.vocabulary import (
     SPACE_SYMBOL,
     SPECIAL_KINDS,
@@ -31,8 +31,11 @@ from server.text.vocabulary import (
 class GgufEncoder:
     """Text to token ids: splits at special tokens, then the library tokenizes what lies between."""
 
-    def __init__(self, library: Tokenizer, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, library: Tokenizer, vocabulary: Vocabulary, merger: score_merges.ScoreMerger | None = None
+    ) -> None:
         self._library = library
+        self._merger = merger  # replaces the library where that would not be exact
         self._vocabulary = vocabulary
         self._splitter = special_tokens.SpecialTokenSplitter(vocabulary.tokens, vocabulary.kinds)
 
@@ -47,7 +50,10 @@ class GgufEncoder:
                 continue
             if self._vocabulary.has_prefix_space and after_special:
                 piece = " " + piece
-            token_ids += self._library.encode(piece, add_special_tokens=False).ids
+            if self._merger is not None:
+                token_ids += self._merger.tokenize(piece.replace(" ", SPACE_SYMBOL))
+            else:
+                token_ids += self._library.encode(piece, add_special_tokens=False).ids
             after_special = False
         return token_ids
 
@@ -117,32 +123,14 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tuple[GgufEncoder, Vocabulary
             raise ConfigError(f"tokenizer.ggml.tokens: a 'llama' vocabulary without the byte token <0x{byte:02X}>")
     vocabulary = _vocabulary(metadata, tokens, ids_by_text, add_bos=True, bos_id=1, eos_id=2, is_byte_level=False)
     scores = _numbers(metadata, "ggml.scores", len(tokens), np.float32)
-    merges = _merges_from_scores(tokens, vocabulary.kinds, scores, ids_by_text)
+    merges, is_exact = score_merges.ranked_merges(tokens, vocabulary.kinds, scores, ids_by_text)
     library = Tokenizer(models.BPE(ids_by_text, merges, byte_fallback=True))
     library.normalizer = normalizers.Replace(" ", SPACE_SYMBOL)
     library.decoder = decoders.Sequence([decoders.Replace(SPACE_SYMBOL, " "), decoders.ByteFallback(), decoders.Fuse()])
-    return GgufEncoder(library, vocabulary), vocabulary
-
-
-def _merges_from_scores(
-    tokens: Sequence[str], kinds: bytes, scores: np.ndarray, ids_by_text: Mapping[str, int]
-) -> list[tuple[str, str]]:
-    """Every way to join two tokens into a third, best score first: SentencePiece joins by the score of the result.
-
-    Of several ways to make one token, the one with the longer left part comes first: llama.cpp takes the leftmost
-    pair, and in a run of one character (the case where two ways overlap) the left part has grown already.
-    """
-    joins = (TokenKind.NORMAL, TokenKind.USER_DEFINED, TokenKind.UNUSED)
-    merges = []
-    for token_id in np.argsort(-scores, kind="stable").tolist():
-        text = tokens[token_id]
-        if kinds[token_id] not in joins:
-            continue
-        for cut in range(len(text) - 1, 0, -1):
-            left, right = text[:cut], text[cut:]
-            if left in ids_by_text and right in ids_by_text:
-                merges.append((left, right))
-    return merges
+    exact = None
+    if not is_exact:
+        exact = score_merges.ScoreMerger(tokens, vocabulary.kinds, scores, ids_by_text)
+    return GgufEncoder(library, vocabulary, exact), vocabulary
 
 
 def _vocabulary(

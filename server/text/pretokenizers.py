@@ -44,7 +44,8 @@ _TEKKEN = _CASED_WORD.replace("{0}", "") + rf"|\p{{N}}|{_CASED_REST}"
 _GPT4O = _CASED_WORD.replace("{0}", f"(?:{_CONTRACTIONS})?") + rf"|\p{{N}}{{1,3}}|{_CASED_REST}"
 
 _IDEOGRAPHS_AND_KANA = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_IDEOGRAPHS_AND_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
+# llama.cpp never takes white space for the ideographs and punctuation of the DeepSeek ranges that span it.
+_IDEOGRAPHS_AND_HANGUL = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff&&\\S]+"
 _DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     rf"| ?[\p{{P}}\p{{S}}]+[\r\n]*|{_LINES_AND_SPACES}"
@@ -100,7 +101,7 @@ _BY_RULE: dict[PreTokenizer, str] = {
         (
             r"[\r\n]",
             rf"\s?[{_CASED_LETTERS}]+",
-            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
+            "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002&&\\S]+",
             r"\s+$",
             _IDEOGRAPHS_AND_HANGUL,
             r"\p{N}+",

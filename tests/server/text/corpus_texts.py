@@ -55,7 +55,7 @@ WHITESPACE = [
     " " * 40 + "x" + "\n" * 17 + "\t" * 9 + "y" + " " * 7,
 ]
 CODE = [
-    "def add(a: int, b: int = 0) -> int:\n    return a + b  # sum\n\n\nif __name__ == '__main__':\n    print(add(1, 2))\n",
+    "def add(a: int, b: int = 0) -> int:\n    return a + b  # sum\n\n\nif __name__ == '__main__':\n    add(1, 2)\n",
     "#include <vector>\nint main() {\r\n  std::vector<int> v{1,2,3};\r\n  return v[0]&&v[1]||!v[2];\r\n}\r\n",
     "SELECT * FROM t WHERE a >= 10 AND b <> 'x''y' -- comment\n;",
     '<div class="a b">&lt;p&gt; &amp; <br/></div><!-- c -->',
