@@ -10,7 +10,7 @@ import logging
 import signal
 import socket
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -38,21 +38,23 @@ def main(arguments: Sequence[str]) -> int:
     add_settings(parser)
     _, settings = parse_with_settings(parser, arguments)
     limit_library_threads()
-    configure_logging(settings.log_level, settings.log_format)
     listener = _listen(settings.host, settings.port)
+    configure_logging(settings.log_level, settings.log_format)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(settings, listener))
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bind before the model loads, so that a taken port is found in milliseconds."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+    with ExitStack() as on_failure:
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            listener = on_failure.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
+        on_failure.pop_all()
     return listener
 
 

@@ -110,7 +110,7 @@ def resolve_model(model: str, cache_dir: Path) -> ResolvedModel:
         return ResolvedModel(path.resolve().name, path, None)
     if path.is_file():
         return ResolvedModel(path.stem, path, None)
-    if path.suffix == ".gguf" or len(path.parts) > 1:
+    if path.suffix == ".gguf" or "/" in model:
         raise ConfigError(f"no file or directory {model}")
     find_entry(model)
     raise AssertionError("a name in the catalogue was handled above")
