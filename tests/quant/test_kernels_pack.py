@@ -26,7 +26,7 @@ def test_row_map_permutes_rows() -> None:
     np.testing.assert_allclose(got, reference(GGMLType.Q8_0, data, 20, 64)[order], rtol=3e-7)
 
 
-@pytest.mark.parametrize("kind", [k for k in GGMLType], ids=lambda k: k.name)
+@pytest.mark.parametrize("kind", list(GGMLType), ids=lambda k: k.name)
 def test_non_finite_scales_are_refused(kind: GGMLType) -> None:
     elements, size = BLOCK[kind]
     data = random_blocks(kind, 16, 256)

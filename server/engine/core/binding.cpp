@@ -286,13 +286,14 @@ void bind_core(nb::module_& m) {
       .def("set_sequence", &core_set_sequence, "slot"_a, "prompt_ids"_a, "output_ids"_a, "temperature"_a, "top_k"_a,
            "top_p"_a, "min_p"_a, "repetition_penalty"_a, "presence_penalty"_a, "frequency_penalty"_a, "seed"_a,
            "choice"_a, "bias_ids"_a, "bias_values"_a, "blocked_ids"_a, "block_until"_a)
-      .def("forward", &core_forward, "token_ids"_a, "seq_starts"_a, "seq_positions"_a, "block_tables"_a, "lora_slots"_a,
-           "logit_rows"_a)
-      .def("sample", &core_sample, "slots"_a, "positions"_a, "targets"_a, "num_top"_a, "use_mask"_a, "out_tokens"_a,
-           "out_logprobs"_a, "out_top_ids"_a, "out_top_logprobs"_a)
-      .def("step", &core_step, "token_ids"_a, "seq_starts"_a, "seq_positions"_a, "block_tables"_a, "lora_slots"_a,
-           "logit_rows"_a, "slots"_a, "positions"_a, "targets"_a, "num_top"_a, "use_mask"_a, "out_tokens"_a,
-           "out_logprobs"_a, "out_top_ids"_a, "out_top_logprobs"_a)
+      // No conversions: a converted output array would be written and thrown away.
+      .def("forward", &core_forward, "token_ids"_a.noconvert(), "seq_starts"_a.noconvert(), "seq_positions"_a.noconvert(), "block_tables"_a.noconvert(), "lora_slots"_a.noconvert(),
+           "logit_rows"_a.noconvert())
+      .def("sample", &core_sample, "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
+           "out_logprobs"_a.noconvert(), "out_top_ids"_a.noconvert(), "out_top_logprobs"_a.noconvert())
+      .def("step", &core_step, "token_ids"_a.noconvert(), "seq_starts"_a.noconvert(), "seq_positions"_a.noconvert(), "block_tables"_a.noconvert(), "lora_slots"_a.noconvert(),
+           "logit_rows"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
+           "out_logprobs"_a.noconvert(), "out_top_ids"_a.noconvert(), "out_top_logprobs"_a.noconvert())
       .def("load_lora", &core_load_lora, "lora_slot"_a, "layer_index"_a, "projection"_a, "a"_a, "b"_a, "scale"_a)
       .def("clear_lora", &Core::clear_lora, "lora_slot"_a);
 }

@@ -1,0 +1,161 @@
+"""The C++ forward pass against its NumPy twin, and the promise that a row never depends on the batch around it."""
+
+import numpy as np
+import pytest
+
+import _sterna
+from quant.formats import GGMLType
+from tests.server.engine.core_twin import PROJECTIONS, Shape, Twin, i32, run
+
+ISAS = _sterna.available_isas()
+
+
+def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
+    """float32 sums and an f16 KV cache (2^-11 relative a key or value), amplified by two random layers."""
+    error = np.abs(got - expected)
+    assert np.sqrt((error**2).mean()) < 2e-3 * expected.std()
+    assert error.max() < 0.03 * expected.std()
+
+
+SHAPES = {
+    "llama": Shape(),
+    "qwen2-bias": Shape(qkv_bias=True),
+    "qwen3-norm": Shape(qk_norm=True, head_dim=32, rope_dim=32),
+    "odd-head-dim": Shape(head_dim=24, rope_dim=24, heads=3, kv_heads=1),
+    "wide-head": Shape(head_dim=80, rope_dim=80, heads=2, kv_heads=2),
+    "partial-rope": Shape(rope_dim=8),
+    "rope-factors": Shape(rope_factors=tuple(1.0 + 0.5 * i for i in range(8))),
+    "odd-hidden": Shape(hidden=50, ffn=70, head_dim=16),
+}
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_float_model_equals_the_twin(name: str, isa: str) -> None:
+    twin = Twin(SHAPES[name])
+    ids = np.random.default_rng(1).integers(0, 101, 200).astype(np.int32)
+    got = run(twin.core(isa=isa), [(ids, 0, range(3, 16), -1)])[0]
+    assert_close(got, twin.logits(ids))
+    assert np.mean(got.argmax(1) == twin.logits(ids).argmax(1)) >= 0.99
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q5_1, GGMLType.Q8_0], ids=lambda k: k.name)
+def test_quantized_model_stays_near_the_twin(kind: GGMLType, isa: str) -> None:
+    twin = Twin(Shape(), kind)
+    ids = np.random.default_rng(1).integers(0, 101, 60).astype(np.int32)
+    got, expected = run(twin.core(isa=isa), [(ids, 0, range(4), -1)])[0], twin.logits(ids)
+    # int8 activations: half a step of 1/127 of a block's largest value, over seven matmuls a layer
+    assert np.corrcoef(got.ravel(), expected.ravel())[0, 1] > 0.9995
+    assert np.abs(got - expected).max() < 0.12 * expected.std() + 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.Q4_1], ids=lambda k: k.name)
+def test_bits_do_not_depend_on_chunks_threads_or_neighbours(kind: GGMLType, isa: str) -> None:
+    twin = Twin(Shape(), kind)
+    rng = np.random.default_rng(2)
+    ids = rng.integers(0, 101, 170).astype(np.int32)
+    whole = run(twin.core(isa=isa), [(ids, 0, range(11), -1)])[0]
+    for threads in (2, 3):
+        assert np.array_equal(run(twin.core(isa=isa, threads=threads), [(ids, 0, range(11), -1)])[0], whole)
+    core = twin.core(isa=isa, threads=2)
+    for chunks in ([1] * 170, [7, 60, 3, 100], [16] * 10 + [10], [129, 41]):
+        parts, at = [], 0
+        for n in chunks:
+            neighbours = [
+                (rng.integers(0, 101, int(rng.integers(1, 20))), 0, [40 + 2 * j, 41 + 2 * j], -1)
+                for j in range(int(rng.integers(0, 4)))
+            ]
+            mine = (ids[at : at + n], at, [30, 2, 17, 5, 9, 12, 1, 33, 8, 21, 35], -1)
+            parts.append(run(core, [*neighbours, mine])[-1])
+            at += n
+        assert np.array_equal(np.concatenate(parts), whole)
+
+
+def _random_lora(shape: Shape, rank: int, seed: int, names: tuple[str, ...] = PROJECTIONS) -> dict:
+    rng = np.random.default_rng(seed)
+    lora = {}
+    for layer in range(shape.layers):
+        for name in names:
+            rows, cols = shape.size(name)
+            a = (rng.standard_normal((rank, cols)) / np.sqrt(cols)).astype(np.float32)
+            lora[layer, name] = (a, (rng.standard_normal((rows, rank)) * 0.3).astype(np.float32), 0.5)
+    return lora
+
+
+def _load(core: "_sterna.Core", slot: int, lora: dict) -> None:
+    for (layer, name), (a, b, scale) in lora.items():
+        core.load_lora(slot, layer, name, a, b, scale)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("rank", [1, 16, 17, 64])
+def test_lora_equals_the_twin(rank: int, isa: str) -> None:
+    twin = Twin(Shape())
+    core, lora = twin.core(isa=isa), _random_lora(twin.shape, rank, 5)
+    _load(core, 2, lora)
+    ids = np.random.default_rng(1).integers(0, 101, 40).astype(np.int32)
+    expected = twin.logits(ids, lora)
+    assert_close(run(core, [(ids, 0, range(3), 2)])[0], expected)
+    assert np.abs(expected - twin.logits(ids)).max() > 1  # the adapter does something
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_lora_on_one_projection(projection: str) -> None:
+    twin = Twin(Shape())
+    core, lora = twin.core(), _random_lora(twin.shape, 8, 6, (projection,))
+    _load(core, 0, lora)
+    ids = np.random.default_rng(1).integers(0, 101, 40).astype(np.int32)
+    assert_close(run(core, [(ids, 0, range(3), 0)])[0], twin.logits(ids, lora))
+
+
+@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.Q8_0], ids=lambda k: k.name)
+def test_mixed_adapters_in_one_batch_equal_each_alone(kind: GGMLType) -> None:
+    twin = Twin(Shape(), kind)
+    core = twin.core(threads=2)
+    _load(core, 0, _random_lora(twin.shape, 16, 1))
+    _load(core, 3, _random_lora(twin.shape, 8, 2, ("q_proj", "down_proj")))
+    rng = np.random.default_rng(4)
+    sequences = [
+        (rng.integers(0, 101, n), 0, [2 * j, 2 * j + 1], slot)
+        for j, (n, slot) in enumerate([(5, 0), (1, -1), (17, 3), (9, 0), (3, -1), (20, 3), (1, 0)])
+    ]
+    together = run(core, sequences)
+    for sequence, rows in zip(sequences, together, strict=True):
+        assert np.array_equal(run(core, [sequence])[0], rows)
+    core.clear_lora(3)
+    with pytest.raises(ValueError, match="LoRA slot is empty"):
+        run(core, [sequences[2]])
+
+
+def test_a_whole_context_of_masked_garbage_does_not_leak() -> None:
+    """A recycled block holds another sequence's keys past the current position: they must not matter."""
+    twin = Twin(Shape())
+    core = twin.core()
+    rng = np.random.default_rng(8)
+    ids = rng.integers(0, 101, 5).astype(np.int32)
+    clean = run(core, [(ids, 0, [7], -1)])[0]
+    run(core, [(rng.integers(0, 101, 16), 0, [9], -1)])
+    assert np.array_equal(run(core, [(ids, 0, [9], -1)])[0], clean)
+
+
+def test_bad_batches_are_refused() -> None:
+    core = Twin(Shape()).core(num_blocks=4)
+    good = (i32(1, 2), i32(0, 2), i32(0), i32(0, 1)[None], i32(-1), i32(1))
+    core.forward(*good)
+    bad = {
+        0: (i32(1, 101), "token id 101"),
+        1: (i32(0, 1), "seq_starts"),
+        2: (i32(31), "block table"),
+        3: (i32(9, 1)[None], "KV block"),
+        4: (i32(9), "LoRA"),
+        5: (i32(2), "logit row"),
+    }
+    for at, (value, message) in bad.items():
+        arguments = list(good)
+        arguments[at] = value
+        with pytest.raises(ValueError, match=message):
+            core.forward(*arguments)
+    with pytest.raises(TypeError):
+        core.forward(np.array([1, 2]), *good[1:])  # int64
