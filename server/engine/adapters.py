@@ -43,12 +43,11 @@ class _Slot:
 
 
 class AdapterSlots:
-    """`num_slots` LoRA slots of one core."""
+    """The `max_loras` slots of one core."""
 
-    def __init__(self, core: Core, num_slots: int) -> None:
+    def __init__(self, core: Core) -> None:
         self._core = core
-        self._num_slots = num_slots
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._free = list(range(core.max_loras - 1, -1, -1))
         self._slots: dict[int, _Slot] = {}
         self._loads: deque[_Load] = deque()
 
@@ -64,14 +63,14 @@ class AdapterSlots:
         self._loads.append(_Load(weights, future))
 
     def work(self, num_projections: int | None) -> None:
-        """Load up to `num_projections` matrices pairs of the oldest load; None finishes every load."""
+        """Load up to `num_projections` matrix pairs of the oldest load; None finishes every load."""
         while self._loads:
             load = self._loads[0]
             if load.slot < 0:
                 if not self._free:
                     self._loads.popleft()
                     load.future.set_exception(
-                        AdapterError(f"all {self._num_slots} adapter slots are taken: unload a version first")
+                        AdapterError(f"all {self._core.max_loras} adapter slots are taken: unload a version first")
                     )
                     continue
                 load.slot = self._free.pop()

@@ -58,7 +58,6 @@ class Engine:
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
         max_mixed_prefill_tokens: int = MAX_MIXED_PREFILL_TOKENS,
-        num_adapter_slots: int = 0,
         enable_prefix_caching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -93,7 +92,7 @@ class Engine:
         )
         max_blocks = -(-self.max_model_len // core.block_size)
         self._runner = Runner(core, max_num_seqs=max_num_seqs, max_tokens=max_tokens, max_blocks=max_blocks)
-        self._adapters = AdapterSlots(core, num_adapter_slots)
+        self._adapters = AdapterSlots(core)
         self._streams: dict[Sequence, TokenStream] = {}
         self._finish_times: deque[float] = deque(maxlen=FINISH_TIMES_KEPT)
         self._failures_in_a_row = 0

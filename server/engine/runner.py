@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 class Runner:
     def __init__(self, core: Core, *, max_num_seqs: int, max_tokens: int, max_blocks: int) -> None:
         self._core = core
+        self._masks = core.masks
         self._buffers = StepBuffers(core, max_num_seqs=max_num_seqs, max_tokens=max_tokens, max_blocks=max_blocks)
         self._mask_thread: ThreadPoolExecutor | None = None  # started by the first grammar
 
@@ -47,7 +48,7 @@ class Runner:
     def _fill_masks(self, sequences: list[Sequence]) -> None:
         for seq in sequences:
             assert seq.grammar is not None
-            mask = self._core.masks[seq.slot]
+            mask = self._masks[seq.slot]
             mask.fill(0)
             try:
                 seq.grammar.fill_mask(mask)

@@ -85,7 +85,7 @@ class FakeCore:
     max_logit_rows: int = 16
     num_blocks: int = 64
     block_size: int = 4
-    num_lora_slots: int = 4
+    max_loras: int = 4
     fail_steps: int = 0
     """The next so many steps raise."""
     gate: threading.Event | None = None
@@ -234,7 +234,7 @@ class FakeCore:
         return bits[: self.vocab_size].astype(bool)
 
     def load_lora(self, lora_slot, layer_index, projection, a, b, scale) -> None:
-        assert 0 <= lora_slot < self.num_lora_slots
+        assert 0 <= lora_slot < self.max_loras
         if not np.isfinite(scale):
             raise ValueError("scale is not finite")
         self.lora_calls.append((lora_slot, layer_index, projection, len(self.steps)))

@@ -47,8 +47,8 @@ async def finish(stream: TokenStream) -> EngineOutput:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    while not condition():
-        await asyncio.sleep(0)  # noqa: ASYNC110 a yield, not a wait: there is no event for what the other thread does
+    while not condition():  # noqa: ASYNC110 a yield, no wait: nothing signals what the other thread does
+        await asyncio.sleep(0)
 
 
 async def generate(engine: Engine, tokens, params=GREEDY, **options) -> EngineOutput:
@@ -212,7 +212,7 @@ def test_drain_finishes_what_was_accepted():
 def test_stop_after_a_missed_deadline_ends_every_stream():
     async def main():
         core = FakeCore(max_num_seqs=2, gate=threading.Event())
-        engine = Engine(core, max_model_len=250, max_waiting=9, eog_token_ids=ENDS, num_adapter_slots=1)
+        engine = Engine(core, max_model_len=250, max_waiting=9, eog_token_ids=ENDS)
         with pytest.raises(ServerUnavailableError, match="starting"):
             engine.submit(prompt(0), GREEDY)
         engine.start(asyncio.get_running_loop())
@@ -354,7 +354,7 @@ def adapter(number: int, num_layers: int = 10, scale: float = 1.0) -> LoraWeight
 
 def test_two_adapters_and_the_base_in_one_batch():
     async def main():
-        async with running(FakeCore(), num_adapter_slots=2) as engine:
+        async with running(FakeCore(max_loras=2)) as engine:
             weights = [adapter(1), adapter(2)]
             first, second = [await asyncio.to_thread(engine.load_adapter, each) for each in weights]
             assert engine.stats().num_adapters == 2
@@ -382,7 +382,7 @@ def test_two_adapters_and_the_base_in_one_batch():
 def test_an_unload_waits_for_the_last_sequence():
     async def main():
         core = FakeCore(max_num_seqs=1)
-        async with running(core, num_adapter_slots=1) as engine:
+        async with running(core) as engine:
             loaded = await asyncio.to_thread(engine.load_adapter, adapter(1))
             core.gate = threading.Event()
             streams = [engine.submit(prompt(i), GREEDY, adapter=loaded) for i in range(3)]
@@ -403,7 +403,7 @@ def test_an_unload_waits_for_the_last_sequence():
 def test_a_load_beside_traffic_is_spread_over_steps():
     async def main():
         core = FakeCore(gate=threading.Event())
-        async with running(core, num_adapter_slots=1) as engine:
+        async with running(core) as engine:
             stream = engine.submit(prompt(0), LONG)
             loading = asyncio.create_task(asyncio.to_thread(engine.load_adapter, adapter(1, num_layers=20)))
             await until(lambda: core.steps and engine._inbox)  # the load lies in the inbox, behind a step
@@ -421,8 +421,8 @@ def test_a_load_beside_traffic_is_spread_over_steps():
 
 def test_a_refused_adapter_leaves_its_slot_free():
     async def main():
-        core = FakeCore()
-        async with running(core, num_adapter_slots=1) as engine:
+        core = FakeCore(max_loras=1)
+        async with running(core) as engine:
             with pytest.raises(AdapterError, match="scale is not finite"):
                 await asyncio.to_thread(engine.load_adapter, adapter(1, scale=float("nan")))
             loaded = await asyncio.to_thread(engine.load_adapter, adapter(2))

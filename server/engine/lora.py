@@ -1,0 +1,112 @@
+"""A PEFT adapter directory as weights for the core: safetensors only, every tensor accounted for.
+
+A file that does not fit is refused with the tensor and the reason: an unexpected tensor, a missing half, a wrong shape
+or type, a value that is not finite. Rows stay in Hugging Face order, which is the core's.
+
+Not covered: which keys of the configuration mean what (lora_config.py), slots (adapters.py).
+"""
+
+import re
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from server.engine.core_api import FloatArray
+from server.engine.lora_config import LoraTarget, read_lora_targets
+from server.engine.lora_tensors import RawTensor, read_tensors
+from server.engine.lora_types import LoraProjection, LoraWeights
+from server.errors import AdapterError
+
+if TYPE_CHECKING:
+    from quant.model_file import ModelConfig
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+"""PEFT writes about one kilobyte; a rank_pattern naming every matrix of a large model takes some tens."""
+_TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB])\.weight")
+
+
+def load_adapter_files(path: str | Path, config: "ModelConfig") -> LoraWeights:
+    """Read the adapter in directory `path` for the model `config`. Raises AdapterError."""
+    directory = Path(path)
+    config_bytes = _read(directory / CONFIG_NAME, MAX_CONFIG_BYTES)
+    if not (directory / TENSORS_NAME).is_file() and (directory / "adapter_model.bin").exists():
+        raise AdapterError(f"{directory}: adapter_model.bin is a pickle and is never read; save as safetensors")
+    targets = read_lora_targets(config_bytes, config)
+    tensor_bytes = _read(directory / TENSORS_NAME, _max_tensor_bytes(targets, config))
+    halves = _assign(read_tensors(tensor_bytes), {target.module for target in targets})
+    digest = sha256(len(config_bytes).to_bytes(8, "little") + config_bytes + tensor_bytes).hexdigest()
+    return LoraWeights(
+        rank=max(target.rank for target in targets),
+        projections=tuple(_projection(target, halves, config) for target in targets),
+        digest=f"sha256:{digest}",
+    )
+
+
+def projection_shape(config: "ModelConfig", projection: str) -> tuple[int, int]:
+    """(rows out, columns in) of one of the seven matrices."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (ffn, hidden),
+        "up_proj": (ffn, hidden),
+        "down_proj": (hidden, ffn),
+    }[projection]
+
+
+def _max_tensor_bytes(targets: list[LoraTarget], config: "ModelConfig") -> int:
+    """Every tensor in float32, and as much again for the header and for what will be refused by name."""
+    return 2 * sum(4 * target.rank * sum(projection_shape(config, target.projection)) for target in targets) + (1 << 24)
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise AdapterError(f"{path}: {error.strerror}") from None
+    if len(data) > max_bytes:
+        raise AdapterError(f"{path}: larger than the {max_bytes} bytes that its targets can need")
+    return data
+
+
+def _assign(tensors: dict[str, RawTensor], modules: set[str]) -> dict[tuple[str, str], RawTensor]:
+    """Tensors by (module, "A" or "B"); whatever belongs to no adapted module is refused."""
+    halves = {}
+    for name, tensor in tensors.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None or match["module"] not in modules:
+            raise AdapterError(f"tensor {name} is not expected: the configuration adapts no such module")
+        halves[match["module"], match["half"]] = tensor
+    return halves
+
+
+def _projection(target: LoraTarget, halves: dict[tuple[str, str], RawTensor], config: "ModelConfig") -> LoraProjection:
+    rows, columns = projection_shape(config, target.projection)
+    return LoraProjection(
+        target.layer,
+        target.projection,
+        _matrix(target.module, "A", halves, (target.rank, columns)),
+        _matrix(target.module, "B", halves, (rows, target.rank)),
+        target.scale,
+    )
+
+
+def _matrix(module: str, half: str, halves: dict[tuple[str, str], RawTensor], shape: tuple[int, int]) -> FloatArray:
+    name = f"base_model.model.{module}.lora_{half}.weight"
+    tensor = halves.get((module, half))
+    if tensor is None:
+        raise AdapterError(f"tensor {name} is missing")
+    if tensor.shape != shape:
+        raise AdapterError(f"tensor {name} has shape {list(tensor.shape)}; this model and rank need {list(shape)}")
+    values = tensor.to_float32()
+    if not np.isfinite(values).all():
+        raise AdapterError(f"tensor {name} holds a value that is not finite")
+    return values
