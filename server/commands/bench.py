@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 
 from server.commands.arguments import Parser, add_settings, parse_with_settings
+from server.commands.progress import show_status
 from server.config import DEFAULT_MODEL, limit_library_threads
 from server.machine import physical_cores
 from server.models.catalog import resolve_model
@@ -29,7 +30,8 @@ def main(arguments: Sequence[str]) -> int:
     limit_library_threads()
     from server.engine.bench import run_bench
 
-    result = run_bench(str(model.path), settings.threads or physical_cores(), settings.isa)
+    result = run_bench(model.path, threads=settings.threads or physical_cores(), isa=settings.isa, progress=show_status)
+    show_status("")
     if options.json:
         print(json.dumps(result))
         return 0

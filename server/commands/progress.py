@@ -1,4 +1,6 @@
-"""Progress bars on standard error, silent when that is not a terminal."""
+"""Progress on standard error, silent when that is not a terminal."""
+
+import sys
 
 from tqdm import tqdm
 
@@ -20,3 +22,9 @@ class Bar:
         assert self._bar is not None
         self._bar.close()
         self._bar = None
+
+
+def show_status(text: str) -> None:
+    """Replace the last line by what is being done; an empty text clears it."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
