@@ -56,7 +56,7 @@ def create_app(open_runtime: OpenRuntime, *, on_failure: Callable[[Exception], N
                 service.open(runtime.backend, *runtime.models)
                 await stop.wait()
                 service.refuse("it is shutting down")
-        except Exception as error:  # noqa: BLE001 - the top of the loading task: whatever it is, it must be heard of
+        except Exception as error:  # the top of the loading task: whatever it is, it must be heard of
             service.refuse(f"the model could not be loaded: {error}")
             if on_failure is None:
                 logger.exception("the model could not be loaded")

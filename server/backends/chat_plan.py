@@ -14,6 +14,7 @@ from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.tokens import TokenizeRequest
 from server.openai.protocol.tools import JsonObjectFormat, JsonSchemaFormat, NamedToolChoice, Tools
 from server.text.chat_template import ChatTemplate
+from server.text.messages import normalize_messages
 from server.text.tokenizer import Tokenizer
 from server.tools.constraint import CompiledGrammar, ConstraintFactory
 from server.tools.formats import ToolFormat, detect_tool_format
@@ -119,7 +120,7 @@ class ChatPlanner:
                 param="messages",
             )
         if not self._template_has_tools:
-            messages, tools = fold_tools(messages, tools), []
+            messages, tools = fold_tools(normalize_messages(messages), tools), []
         return self._template.render(
             messages,
             tools=tools or None,

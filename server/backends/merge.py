@@ -37,9 +37,9 @@ async def merge(streams: Sequence[TokenSource]) -> AsyncGenerator[tuple[int, Eng
     num_open = len(tasks)
     try:
         while num_open:
-            index, output = await queue.get()
-            if output is not None:
-                yield index, output
+            index, item = await queue.get()
+            if item is not None:
+                yield index, item
             else:
                 num_open -= 1
                 await tasks[index]  # raises what ended the stream, if it failed

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 from server.backends import sampling
 from server.backends.base import Health
@@ -34,7 +34,7 @@ from server.backends.token_text import TokenTexts
 from server.errors import AdapterError, InvalidRequestError
 from server.metrics import Metrics
 from server.openai.protocol.chat import ChatRequest
-from server.openai.protocol.chunks import Body, ChatChunk, CompletionChunk
+from server.openai.protocol.chunks import Body, ChatChunk, ChatHead, CompletionChunk, CompletionHead
 from server.openai.protocol.completions import CompletionRequest
 from server.openai.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from server.text.detokenizer import Detokenizer
@@ -53,6 +53,13 @@ class _Prompt:
     token_ids: Sequence[int]
     text: str | None
     """For `echo`: what the caller wrote, or the decoded ids."""
+
+
+class _AnswerFields(TypedDict):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
 
 
 class NativeBackend:
@@ -96,7 +103,7 @@ class NativeBackend:
             )
             for index in range(num_choices)
         ]
-        head = self._head("chatcmpl-", "chat.completion.chunk", request.model)
+        head: ChatHead = {"object": "chat.completion.chunk", **self._answer_fields("chatcmpl-", request.model)}
         num_prompt_tokens = len(plan.token_ids)
         with submitted(self._engine, submissions) as streams:
             meter = self._metrics.start_request("chat", request.model, now=arrival)
@@ -135,16 +142,17 @@ class NativeBackend:
             lambda: [self._prompt(request, index, prompt) for index, prompt in enumerate(request.prompts)],
             is_long=length > LONG_TEXT,
         )
-        states, submissions = [], []
+        states: list[CompletionChoiceState] = []
+        submissions: list[Submission] = []
         for prompt in prompts:
             limit = sampling.fit_context(
                 len(prompt.token_ids), sampling.completion_limit(request), self._max_model_len, param="prompt"
             )
             params = sampling.completion_params(request, limit)
-            for choice in range(candidates):
+            for candidate in range(candidates):
                 states.append(self._completion_state(request, prompt, len(states)))
-                submissions.append(Submission(prompt.token_ids, replace(params, choice=choice)))
-        head = self._head("cmpl-", "text_completion", request.model)
+                submissions.append(Submission(prompt.token_ids, replace(params, choice=candidate)))
+        head: CompletionHead = {"object": "text_completion", **self._answer_fields("cmpl-", request.model)}
         num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         with submitted(self._engine, submissions) as streams:
             meter = self._metrics.start_request("completions", request.model, now=arrival)
@@ -171,7 +179,7 @@ class NativeBackend:
         )
 
     def _prompt(self, request: CompletionRequest, index: int, prompt: str | list[int]) -> _Prompt:
-        param = "prompt" if isinstance(request.prompt, str) else f"prompt[{index}]"
+        param = f"prompt[{index}]" if request.has_many_prompts else "prompt"
         if isinstance(prompt, str):
             token_ids = self._tokenizer.encode(prompt, add_special=True, parse_special=True)
             if not token_ids:
@@ -220,10 +228,9 @@ class NativeBackend:
     async def _off_loop(self, work: Callable[[], Result], *, is_long: bool) -> Result:
         return await asyncio.to_thread(work) if is_long else work()
 
-    def _head(self, prefix: str, kind: str, model: str) -> Any:
+    def _answer_fields(self, prefix: str, model: str) -> _AnswerFields:
         return {
             "id": prefix + uuid.uuid4().hex,
-            "object": kind,
             "created": int(time.time()),
             "model": model,
             "system_fingerprint": self._fingerprint,
@@ -235,7 +242,7 @@ class NativeBackend:
     def _check_count(self, count: int) -> None:
         if count > self._max_choices:
             raise InvalidRequestError(
-                f"The request asks for {count} sequences (prompts times choices); this server takes {self._max_choices}.",
+                f"The request asks for {count} sequences (prompts times choices); {self._max_choices} are accepted.",
                 param="n",
             )
 
@@ -243,6 +250,6 @@ class NativeBackend:
         for position, token_id in enumerate(token_ids):
             if token_id >= self._tokenizer.vocab_size:
                 raise InvalidRequestError(
-                    f"Token {token_id} is outside the vocabulary of {self._tokenizer.vocab_size}.",
+                    f"Token {token_id} in '{param}' is outside the vocabulary of {self._tokenizer.vocab_size}.",
                     param=f"{param}[{position}]",
                 )

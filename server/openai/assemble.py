@@ -77,7 +77,13 @@ def _add_completion(choice: dict[str, Any], part: CompletionChoice) -> None:
 
 
 def _new_chat(index: int) -> dict[str, Any]:
-    message = {"role": "assistant", "content": "", "refusal": None, "reasoning_content": "", "tool_calls": []}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "",
+        "refusal": None,
+        "reasoning_content": "",
+        "tool_calls": [],
+    }
     return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
 
 

@@ -56,7 +56,7 @@ class Boundary:
 
         try:
             await self._app(scope, receive, watched_send)
-        except Exception:  # noqa: BLE001 - the top loop of a request
+        except Exception:  # the top loop of a request
             logger.exception("%s %s failed", scope["method"], scope["path"])
             if status != CLIENT_LEFT:
                 raise  # a response is under way; the server must drop the connection

@@ -39,7 +39,7 @@ def request_body(model: type[BaseModel]) -> dict[str, Any]:
     }
     return {
         "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "responses": {status: error for status in ("400", "404", "413", "415", "429", "503")},
+        "responses": dict.fromkeys(("400", "404", "413", "415", "429", "503"), error),
     }
 
 

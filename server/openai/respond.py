@@ -48,8 +48,8 @@ class AnswerResponse(Response, Generic[Chunk]):
         include_usage: bool,
     ) -> None:
         super().__init__()
-        self._chunks = chunks
-        self._assemble = assemble
+        self._chunks: AsyncGenerator[Chunk, None] = chunks
+        self._assemble: Callable[[AsyncIterator[Chunk]], Awaitable[Body]] = assemble
         self._stream = stream
         self._include_usage = include_usage
 
@@ -81,7 +81,7 @@ class AnswerResponse(Response, Generic[Chunk]):
             if not has_begun:
                 raise
             await _send_failure(send, error)
-        except Exception as error:  # noqa: BLE001 - top of this request's work: the client must learn of it
+        except Exception as error:  # top of this request's work: the client must learn of it
             if not has_begun:
                 raise
             logger.exception("a stream failed after its first chunk")

@@ -33,12 +33,17 @@ class CompletionChoice(TypedDict):
     finish_reason: Literal["stop", "length"] | None
 
 
-class CompletionChunk(TypedDict):
+class CompletionHead(TypedDict):
+    """What all chunks of one answer share."""
+
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class CompletionChunk(CompletionHead):
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
 
@@ -85,12 +90,17 @@ class ChatChoice(TypedDict):
     finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
-class ChatChunk(TypedDict):
+class ChatHead(TypedDict):
+    """What all chunks of one answer share."""
+
     id: str
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
     system_fingerprint: str
+
+
+class ChatChunk(ChatHead):
     choices: list[ChatChoice]
     usage: NotRequired[Usage | None]
 

@@ -24,7 +24,7 @@ def invalid(message: str, code: str = "invalid_value", *, param: str | None = No
 
     `param` names the field when the failure is found above it (rules between fields).
     """
-    return PydanticCustomError(code, "{text}", {"text": message, "param": param})  # type: ignore[arg-type]
+    return PydanticCustomError(code, "{text}", {"text": message, "param": param})
 
 
 class WireModel(BaseModel):

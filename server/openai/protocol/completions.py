@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: the request. `prompt` is a string, a list of strings, token ids, or a list of token-id lists."""
+"""`POST /v1/completions`: the request. A prompt is a string or token ids; a list of those makes several answers."""
 
 from typing import Annotated, Any
 
@@ -75,10 +75,11 @@ class CompletionRequest(SamplingFields):
         return self
 
     @property
-    def prompts(self) -> list[str] | list[list[int]]:
+    def prompts(self) -> list[str | list[int]]:
         """The prompts, each a string or a list of token ids."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
-        return self.prompt  # type: ignore[return-value]
+        prompt: Any = self.prompt
+        return prompt if self.has_many_prompts else [prompt]
+
+    @property
+    def has_many_prompts(self) -> bool:
+        return not isinstance(self.prompt, str) and not isinstance(self.prompt[0], int)

@@ -1,14 +1,13 @@
-"""Chat messages of a request, one model per role, and their flattening for chat templates.
+"""Chat messages of a request, one model per role.
 
-Content is text: a string, null where OpenAI allows it, or a list of text parts (joined without a separator, as
-vLLM does). Fields that clients echo back from our own answers (`refusal`, `annotations`, `reasoning_content`, a
-tool call's `index`) are accepted in the history.
+Content is text: a string, null where OpenAI allows it, or a list of text parts. Fields that clients echo back from our
+own answers (`refusal`, `annotations`, `reasoning_content`, a tool call's `index`) are accepted in the history. Not
+here: what templates need (server/text/messages.py joins parts and parses arguments).
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
-from pydantic_core import from_json
 
 from server.openai.protocol.common import WireModel, invalid
 
@@ -122,48 +121,14 @@ Message = Annotated[
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-def flatten(content: str | list[Any] | None) -> str:
-    """Content parts joined to one string; null is ''."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)
-
-
 def template_message(
     message: SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage,
 ) -> dict[str, Any]:
-    """The plain dict that chat templates read: role, string content, and what else the role carries."""
-    plain: dict[str, Any] = {"role": message.role, "content": flatten(message.content)}
-    if message.name is not None:
-        plain["name"] = message.name
-    if isinstance(message, ToolMessage):
-        plain["tool_call_id"] = message.tool_call_id
-    elif isinstance(message, AssistantMessage):
-        if message.refusal is not None and not plain["content"]:
+    """The message as plain data, for `server.text.messages.normalize_messages`."""
+    plain = message.model_dump(exclude_none=True, exclude={"annotations": True, "refusal": True})
+    if isinstance(message, AssistantMessage):
+        if message.content is None and message.refusal is not None:
             plain["content"] = message.refusal
-        if message.reasoning_content is not None:
-            plain["reasoning_content"] = message.reasoning_content
-        if message.tool_calls:
-            plain["tool_calls"] = [
-                {
-                    "id": call.id,
-                    "type": "function",
-                    "function": {"name": call.function.name, "arguments": parse_arguments(call.function.arguments)},
-                }
-                for call in message.tool_calls
-            ]
+        for call in plain.get("tool_calls", ()):
+            call.pop("index", None)
     return plain
-
-
-def parse_arguments(text: str) -> Any:
-    """An earlier call's arguments as templates want them: the object. What is no JSON object stays the text it is.
-
-    The history may hold calls that broke off at `max_tokens`; a request must not fail over them.
-    """
-    if not text.strip():
-        return {}
-    try:
-        value = from_json(text, allow_inf_nan=False)
-    except ValueError:
-        return text
-    return value if isinstance(value, dict) else text

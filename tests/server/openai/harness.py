@@ -1,6 +1,8 @@
 """An application over the scripted engine, and the official client against it, in one event loop."""
 
-from collections.abc import AsyncIterator
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +20,7 @@ from server.openai.service import ServedModel
 from server.text.chat_template import ChatTemplate
 from server.tools.constraint import ConstraintFactory
 from tests.server.openai.scripted import CHATML, DIGEST, Answer, Script, ScriptedEngine, byte_tokenizer
+from tests.server.openai.validator import check_response
 
 MODEL = "tiny"
 MAX_MODEL_LEN = 2048
@@ -42,7 +45,7 @@ def say(answer: Answer | str) -> Script:
 
 
 def no_stats() -> EngineStats:
-    fields = {name: 0 for name in EngineStats.__dataclass_fields__}
+    fields = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
     return EngineStats(**{**fields, "num_blocks_total": 8, "batch_size_counts": (0,) * 10})  # type: ignore[arg-type]
 
 
@@ -77,17 +80,34 @@ async def serving(answer: Script | Answer | str = "Hello!", *, template: str | N
 
     app = create_app(open_runtime)
     async with app.router.lifespan_context(app), asgi_client(app) as http:
-        while not app.state.service.is_open:
-            await _turn()
+        while not app.state.service.is_open:  # noqa: ASYNC110 - loading is a task; it needs a turn or two
+            await asyncio.sleep(0)
         client = AsyncOpenAI(api_key="unused", base_url="http://test/v1", http_client=http, max_retries=0)
         yield Harness(app, engine, backends[0], http, client)
 
 
 def asgi_client(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://test")
+    return httpx.AsyncClient(transport=ValidatingTransport(app), base_url="http://test")
 
 
-async def _turn() -> None:
-    import asyncio
+class ValidatingTransport(httpx.AsyncBaseTransport):
+    """Every response of every test is checked against the wire's rules before the test sees it."""
 
-    await asyncio.sleep(0)
+    def __init__(self, app: FastAPI) -> None:
+        self._inner = httpx.ASGITransport(app=app)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await self._inner.handle_async_request(request)
+        body = await response.aread()
+        check_response(request.url.path, response.status_code, response.headers.get("content-type", ""), body)
+        return httpx.Response(response.status_code, headers=response.headers, content=body)
+
+
+def async_test(function: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """A test that is a coroutine."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        asyncio.run(function(*args, **kwargs))
+
+    return run

@@ -8,7 +8,8 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tokenizers import AddedToken, Tokenizer as LibraryTokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from server.engine.params import EngineOutput, Grammar, SamplingParams, TokenLogprob
 from server.engine.stream import TokenStream
@@ -16,7 +17,8 @@ from server.errors import QueueFullError
 from server.text.tokenizer import Tokenizer, build_tokenizer
 
 CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIALS = ("<|im_start|>", "<|im_end|>")
@@ -78,6 +80,7 @@ class ScriptedEngine:
     submitted: list[Submitted] = field(default_factory=list)
     is_full: bool = False
     unhealthy: str | None = None
+    on_cancel: Callable[[], None] = lambda: None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def submit(
@@ -87,11 +90,15 @@ class ScriptedEngine:
             raise QueueFullError("64 requests are waiting already", retry_after_seconds=7)
         record = Submitted(list(token_ids), params, grammar)
         self.submitted.append(record)
-        stream = TokenStream(lambda: setattr(record, "is_cancelled", True))
+        stream = TokenStream(lambda: self._cancel(record))
         task = asyncio.get_running_loop().create_task(self._play(record, stream))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
         return stream
+
+    def _cancel(self, record: Submitted) -> None:
+        record.is_cancelled = True
+        self.on_cancel()
 
     def health(self) -> str | None:
         return self.unhealthy
@@ -105,8 +112,6 @@ class ScriptedEngine:
                 stream.push(EngineOutput(finish_reason="cancelled"))
                 return
             stream.push(output)
-        while answer.hang and not record.is_cancelled:
-            await asyncio.sleep(0.001)
 
     def _outputs(self, record: Submitted, answer: Answer) -> list[EngineOutput]:
         params = record.params

@@ -5,6 +5,7 @@ and `model_extra` is looked at in every model of the tree. Fields that OpenAI al
 must be present too.
 """
 
+import json
 from typing import Any
 
 from openai.types import Completion, Model
@@ -86,3 +87,43 @@ def check_error(data: dict[str, Any]) -> None:
     assert isinstance(error["type"], str)
     assert error["param"] is None or isinstance(error["param"], str)
     assert error["code"] is None or isinstance(error["code"], str)
+
+
+def check_response(path: str, status: int, content_type: str, body: bytes) -> None:
+    """Any response of ours, by the path it answers."""
+    if status >= 400:
+        check_error(json.loads(body))
+        return
+    is_stream = content_type.startswith("text/event-stream")
+    match path:
+        case "/v1/chat/completions" if is_stream:
+            _check_events(body, check_chat_chunk)
+        case "/v1/chat/completions":
+            check_chat(json.loads(body))
+        case "/v1/completions" if is_stream:
+            _check_events(body, check_completion_chunk)
+        case "/v1/completions":
+            check_completion(json.loads(body))
+        case "/v1/models":
+            listed = json.loads(body)
+            assert listed.keys() == {"object", "data"}
+            for model in listed["data"]:
+                check_model(model)
+        case _ if path.startswith("/v1/models/"):
+            check_model(json.loads(body))
+
+
+def events(body: bytes) -> list[Any]:
+    """The data of a server-sent event stream: JSON objects, and "[DONE]"."""
+    parts = body.decode().split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data: ") for part in parts)
+    return [part[6:] if part == "data: [DONE]" else json.loads(part[6:]) for part in parts]
+
+
+def _check_events(body: bytes, check_chunk: Any) -> None:
+    *chunks, last = events(body)
+    for chunk in chunks:
+        check_chunk(chunk)
+    if last != "[DONE]":
+        check_error(last)
