@@ -5,7 +5,7 @@ The arithmetic only; the core allocates. KV entries are 16-bit floats, a block h
 
 from dataclasses import dataclass
 
-from quant.model_file import ModelConfig
+from quant.model_types import ModelConfig
 from server.errors import ConfigError
 from server.units import format_bytes
 
