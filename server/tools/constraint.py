@@ -6,8 +6,8 @@ schemas and up to half a second at the limits of schema.py, so HTTP handlers cal
 first use builds the token trie (0.12 s and 16 MB for 49,152 tokens).
 
 What is true of llguidance 1.9: `fill_mask` releases the GIL while it computes (6-50 µs usually, about 20 ms at most:
-its per-step limits end the sequence then), but takes it back for moments to tokenize text that the grammar forces, with
-our own tokenizer, so that forced text gets its canonical tokens. `advance` keeps the GIL (microseconds). Its
+its per-step limits raise GrammarError then), but takes it back for moments to tokenize text that the grammar forces,
+with our own tokenizer, so that forced text gets its canonical tokens. `advance` keeps the GIL (microseconds). Its
 `LLExecutor` fills several masks on a thread pool of its own, which we do not want. A mask row must be exactly as long
 as the vocabulary, so the vocabulary is padded to the core's `mask_words`.
 
@@ -26,7 +26,7 @@ import numpy as np
 from server.errors import InvalidRequestError
 from server.tools import grammars
 from server.tools.formats import ToolFormat
-from server.tools.schema import bounded_schema, refusal
+from server.tools.schema import NO_DETAILS, bounded_schema, refusal
 
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANY_OBJECT: dict[str, Any] = {"type": "object"}
@@ -56,6 +56,10 @@ class VocabularyTokenizer(Protocol):
     def token_to_id(self, text: str) -> int | None: ...
 
 
+class GrammarError(RuntimeError):
+    """A grammar hit one of llguidance's per-step limits in the middle of an answer: end the sequence with an error."""
+
+
 class TokenGrammar:
     """The engine's `Grammar` for one sequence; not shared between threads at a time."""
 
@@ -63,11 +67,13 @@ class TokenGrammar:
         self._matcher = matcher
 
     def fill_mask(self, mask: np.ndarray) -> None:
-        """Overwrites the whole row. A grammar that failed (see `advance`) allows the end tokens only."""
+        """Overwrites the whole row. Raises GrammarError: an end forced by the failure would pass for a whole answer."""
         llguidance.numpy.fill_next_token_bitmask(self._matcher, mask[np.newaxis, :])
+        if self._matcher.is_error():
+            raise GrammarError(self._matcher.get_error().replace(NO_DETAILS, "").strip())
 
     def advance(self, token_id: int) -> bool:
-        """False for a token outside the mask, and when llguidance met a per-step limit: end with an error then."""
+        """False for a token outside the mask; the grammar is then of no further use."""
         return not self._matcher.is_error() and bool(self._matcher.consume_token(token_id))
 
     def is_finished(self) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.errors import InvalidRequestError
+from server.tools.closing import closed
 
 MAX_CHARACTERS = 120_000
 MAX_PROPERTIES = 5_000
@@ -26,12 +27,13 @@ MAX_REPETITIONS = 10_000  # characters that one pattern may force: 8 ms
 # (llguidance's default) lets a small model write newlines until max_tokens.
 WHITESPACE_PATTERN = r"\n[ \t]{0,32}|[ ]{1,2}"
 
+NO_DETAILS = "<non-verbose/>"  # what llguidance writes in place of its state, which we do not show
 _OPTIONS_KEY = "x-guidance"  # llguidance's options inside a schema; ours alone
 _QUANTIFIER = re.compile(r"\{(\d+)?(,(\d+)?)?\}")
 
 
 def bounded_schema(schema: object, *, param: str) -> dict[str, Any]:
-    """A copy of the schema with our compile options; InvalidRequestError naming what is over a limit."""
+    """The schema closed (closing.py) and with our compile options; InvalidRequestError names what is over a limit."""
     if not isinstance(schema, Mapping):
         raise InvalidRequestError(f"{param}: the schema must be a JSON object", param=param)
     num_properties = 0
@@ -56,7 +58,7 @@ def bounded_schema(schema: object, *, param: str) -> dict[str, Any]:
         raise InvalidRequestError(
             f"{param}: the schema has {num_characters} characters; at most {MAX_CHARACTERS} are accepted", param=param
         )
-    return {**schema, _OPTIONS_KEY: {"whitespace_pattern": WHITESPACE_PATTERN}}
+    return {**closed(schema), _OPTIONS_KEY: {"whitespace_pattern": WHITESPACE_PATTERN}}
 
 
 def _walk(schema: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], int]]:
@@ -131,7 +133,7 @@ def _end_of_class(pattern: str, start: int) -> int:
 
 def refusal(error: str, *, param: str) -> InvalidRequestError:
     """llguidance's words as a 400 that names the keyword; its messages are stable enough to match, or pass as said."""
-    text = error.replace("<non-verbose/>", "").strip()
+    text = error.replace(NO_DETAILS, "").strip()
     if found := re.search(r"Unimplemented keys: (\[.*?\])", text):
         keywords = ", ".join(f"'{keyword}'" for keyword in json.loads(found[1]))
         reason = f"schema keyword {keywords} is not supported"

@@ -5,11 +5,14 @@ import threading
 from typing import Any
 
 import jsonschema_rs
+import llguidance
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from server.errors import InvalidRequestError
-from server.tools.constraint import CompiledGrammar, ConstraintFactory
+from server.tools.constraint import CompiledGrammar, ConstraintFactory, GrammarError
 from server.tools.formats import HERMES, LLAMA3_JSON, MISTRAL, ToolFormat
 from server.tools.parser import ContentDelta, ToolCallArguments, ToolCallParser, ToolCallStart
 from tests.server.tools.grammar_walk import TinyTokenizer, allowed_ids, make_factory, walk
@@ -173,9 +176,33 @@ def test_the_grammar_begins_after_open_reasoning(tokenizer: TinyTokenizer) -> No
     assert grammar.is_finished()
 
 
+def test_a_tokenizer_that_puts_a_space_before_texts_is_no_obstacle() -> None:
+    class PrefixSpace(TinyTokenizer):
+        def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+            return super().encode(" " + text, add_special=add_special, parse_special=parse_special)
+
+    tokenizer = PrefixSpace()
+    compiled = make_factory(tokenizer).forced_tools(TOOLS, HERMES)
+    assert all(parsed(run(compiled, tokenizer, seed), HERMES, list(SCHEMAS))[1] for seed in range(10))
+
+
 def test_tokens_outside_the_mask_are_refused() -> None:
     grammar = make_factory(PLAIN).json_object().new()
     assert not grammar.advance(ord("x"))
+    assert not grammar.advance(min(PLAIN.eog_token_ids))
+
+
+def test_a_limit_met_in_the_middle_of_an_answer_is_an_error() -> None:
+    factory = make_factory(PLAIN)
+    factory._limits = llguidance.LLParserLimits(max_items_in_row=100, verbose_errors=False)
+    schema = {"type": "object", "properties": {f"p{i}": {"const": 1} for i in range(100)}}
+    grammar = factory.json_schema({"anyOf": [{"const": 1}, schema]}, param="response_format").new()
+    mask = np.zeros(-(-PLAIN.vocab_size // 32) + 1, dtype=np.int32)
+    grammar.fill_mask(mask)
+    assert ord("{") in allowed_ids(mask)
+    grammar.advance(ord("{"))
+    with pytest.raises(GrammarError, match="max is 100"):
+        grammar.fill_mask(mask)
     assert not grammar.advance(min(PLAIN.eog_token_ids))
 
 
@@ -266,6 +293,67 @@ def nested(depth: int) -> dict[str, Any]:
 )
 def test_what_cannot_be_enforced_is_refused_by_name(schema: object, words: str) -> None:
     assert words in refused(schema)
+
+
+_VALUES = st.sampled_from(
+    [None, True, -1, 3, 2**70, 1.5, "", "a", "(a", "object", "string", [], ["a"], {}, [{}], "#/$defs/a"]
+)
+_KEYWORDS = st.sampled_from(
+    [
+        "type",
+        "enum",
+        "const",
+        "anyOf",
+        "allOf",
+        "oneOf",
+        "$ref",
+        "$defs",
+        "properties",
+        "required",
+        "additionalProperties",
+        "patternProperties",
+        "items",
+        "prefixItems",
+        "minItems",
+        "maxItems",
+        "minLength",
+        "maxLength",
+        "pattern",
+        "format",
+        "minimum",
+        "maximum",
+        "exclusiveMinimum",
+        "multipleOf",
+        "minProperties",
+        "$schema",
+        "$id",
+        "a",
+    ]
+)
+_SCHEMAS = st.recursive(
+    st.dictionaries(_KEYWORDS, _VALUES, max_size=3),
+    lambda inner: (
+        st.dictionaries(_KEYWORDS, inner | st.lists(inner, max_size=2) | _VALUES, max_size=3)
+        | st.fixed_dictionaries(
+            {"type": st.just("object"), "properties": st.dictionaries(st.text("ab", max_size=2), inner)}
+        )
+    ),
+    max_leaves=8,
+)
+
+
+_FUZZED = make_factory(PLAIN)
+
+
+@given(_SCHEMAS)
+@settings(deadline=None)
+def test_no_schema_does_worse_than_a_refusal(schema: dict[str, Any]) -> None:
+    refusals = []
+    try:
+        assert not _FUZZED.json_schema(schema, param="response_format").new().is_finished()
+    except InvalidRequestError as error:
+        refusals.append(error)
+    assert all(error.param == "response_format" and str(error) for error in refusals)
 
 
 def test_properties_may_be_called_like_keywords() -> None:
