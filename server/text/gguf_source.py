@@ -152,6 +152,12 @@ def _vocabulary(
         ids_by_text,
         _kinds(metadata, tokens),
     )
+    for_templates = {
+        "bos_token": bos_id,
+        "eos_token": eos_id,
+        "unk_token": _token_id(metadata, "unknown_token_id", len(tokens)),
+        "pad_token": _token_id(metadata, "padding_token_id", len(tokens)),
+    }
     return Vocabulary(
         tokens=tokens,
         kinds=kinds,
@@ -162,6 +168,7 @@ def _vocabulary(
         prefix_ids=_added("bos", bool(metadata.get("ggml.add_bos_token", add_bos)), bos_id),
         suffix_ids=_added("eos", bool(metadata.get("ggml.add_eos_token", False)), eos_id),
         eog_ids=eog_ids,
+        special_tokens={name: tokens[token_id] for name, token_id in for_templates.items() if token_id is not None},
     )
 
 

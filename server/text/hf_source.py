@@ -22,6 +22,8 @@ from server.text.vocabulary import (
     sentencepiece_bytes,
 )
 
+_TEMPLATE_NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask"))
+
 
 class HfEncoder:
     """Text to token ids by the library alone."""
@@ -81,6 +83,7 @@ def from_directory(tokenizer_json: str | None, metadata: Mapping[str, Any]) -> t
         prefix_ids=prefix_ids,
         suffix_ids=suffix_ids,
         eog_ids=known | ends,
+        special_tokens={name: text for name in _TEMPLATE_NAMES if (text := _text(metadata.get(name))) is not None},
     )
     return HfEncoder(tokenizer_json, library), vocabulary
 
@@ -117,11 +120,14 @@ def _kinds(library: Tokenizer, tokens: list[str], is_byte_level: bool) -> bytes:
     return bytes(kinds)
 
 
+def _text(token: Any) -> str | None:
+    """A special token is written as a string or as the dictionary of an added token."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
 def _named(metadata: Mapping[str, Any], ids_by_text: Mapping[str, int], name: str) -> int | None:
-    """The id of `bos_token` or `eos_token`: a string, or the dictionary of an added token."""
-    token = metadata.get(f"{name}_token")
-    if isinstance(token, Mapping):
-        token = token.get("content")
+    """The id of `bos_token` or `eos_token`."""
+    token = _text(metadata.get(f"{name}_token"))
     if token is None:
         return None
     if token not in ids_by_text:

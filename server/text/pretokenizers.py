@@ -30,7 +30,6 @@ _QWEN35 = (
 )
 _MINICPM5 = rf"(?:{_CONTRACTIONS})|{_WORD}|\p{{N}}+|{_PUNCTUATION_LINES}|{_LINES_AND_SPACES}"
 _SEED_CODER = rf"(?:{_CONTRACTIONS})|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES_AND_SPACES}"
-_BAILING = rf"'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])|{_WORD}|\p{{N}}|{_PUNCTUATION_LINES}|\s*[\r\n]|\s+(?!\S)|\s+"
 _JAIS2 = (
     rf"(?:{_CONTRACTIONS})|{_WORD}|\p{{N}}{{1,3}}|{_PUNCTUATION_LINES}|\s*[\r\n]+|"
     + "|".join(rf"\s{{{n}}}(?!\S)" for n in ("512", "256", "128", "64", "32", "16", "8", "4", "1,2"))
@@ -84,13 +83,14 @@ _BY_RULE: dict[PreTokenizer, str] = {
     PreTokenizer((_LLAMA3,), ignore_merges=True, has_default_bos=False): "glm4 glm5",
     PreTokenizer((_GPT2,)): "gpt-2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo jais trillion granite-docling",
     _DIGITS_GPT2: "starcoder refact command-r smollm codeshell exaone minerva-7b",
-    PreTokenizer((_QWEN2,)): "qwen2 deepseek-r1-qwen kormo stablelm2 megrez hunyuan grok-2",
+    PreTokenizer(
+        (_QWEN2,)
+    ): "qwen2 deepseek-r1-qwen kormo stablelm2 megrez hunyuan grok-2 bailingmoe bailingmoe2 llada-moe",
     PreTokenizer((_QWEN35,)): "qwen35",
     PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True): "tekken",
     PreTokenizer((_GPT4O,)): "gpt-4o llama4 kanana2 minimax-m2",
     PreTokenizer((r"\p{N}{1,3}", _MINICPM5), ignore_merges=True): "minicpm5",
     PreTokenizer((_SEED_CODER,)): "seed-coder",
-    PreTokenizer((_BAILING,)): "bailingmoe bailingmoe2 llada-moe",
     PreTokenizer((_JAIS2,)): "jais-2",
     PreTokenizer((_PUNCTUATED,)): "poro-chat bloom gpt3-finnish",
     PreTokenizer((_PUNCTUATED, r"\p{N}")): "viking",

@@ -53,9 +53,7 @@ def _cuts(text: str, ids_by_text: Mapping[str, int]) -> list[int]:
 class ScoreMerger:
     """Tokenizes one piece of text (spaces already written as U+2581) the plain way."""
 
-    def __init__(
-        self, tokens: Sequence[str], kinds: bytes, scores: np.ndarray, ids_by_text: Mapping[str, int]
-    ) -> None:
+    def __init__(self, tokens: Sequence[str], kinds: bytes, scores: np.ndarray, ids_by_text: Mapping[str, int]) -> None:
         self._ids_by_text = ids_by_text
         self._costs = {tokens[i]: -float(scores[i]) for i, kind in enumerate(kinds) if kind in _JOINABLE}
 

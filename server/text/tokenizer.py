@@ -57,16 +57,18 @@ class Tokenizer:
         self.eog_token_ids = vocabulary.eog_ids
         self.add_bos = bool(vocabulary.prefix_ids)
         self.has_prefix_space = vocabulary.has_prefix_space
+        self.special_tokens = dict(vocabulary.special_tokens)
+        """For chat templates: "bos_token", "unk_token", ... where the model has them."""
         self.chat_template_text = chat_template_text
 
     @property
     def bos_token(self) -> str:
         """Text of BOS, '' if there is none; for chat templates."""
-        return "" if self.bos_token_id is None else self._vocabulary.tokens[self.bos_token_id]
+        return self.special_tokens.get("bos_token", "")
 
     @property
     def eos_token(self) -> str:
-        return "" if self.eos_token_id is None else self._vocabulary.tokens[self.eos_token_id]
+        return self.special_tokens.get("eos_token", "")
 
     @cached_property
     def tokenizers_json(self) -> str:

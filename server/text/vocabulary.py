@@ -4,7 +4,7 @@ The kinds are GGUF's (`tokenizer.ggml.token_type`); a Hugging Face tokenizer is 
 are llama.cpp's `token_to_piece`. Turning text into tokens is not here (see the two `*_source` modules).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -72,6 +72,8 @@ class Vocabulary:
     """What encoding with `add_special` puts before (BOS) and after (EOS) a text."""
     suffix_ids: tuple[int, ...]
     eog_ids: frozenset[int]
+    special_tokens: Mapping[str, str]
+    """Texts for chat templates by transformers' names: "unk_token", "pad_token", ..., where the file names them."""
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for; empty for unused tokens and padding rows."""

@@ -3,7 +3,7 @@
     python llamacpp_peer.py < request.json > answer.json
 
 Request: {"model": path, "texts": [...], "parse_special": bool, "add_special": bool}. Answer: {"ids": [[...], ...],
-"eog": [...]}. Loads the vocabulary only.
+"eog": [...], "pieces": [hex, ...]}. Loads the vocabulary only.
 """
 
 import ctypes
@@ -23,6 +23,14 @@ def _tokenize(vocab: object, text: str, add_special: bool, parse_special: bool) 
     return list(ids[:count])
 
 
+def _piece(vocab: object, token_id: int) -> bytes:
+    buffer = ctypes.create_string_buffer(1024)
+    count = llama_cpp.llama_token_to_piece(vocab, token_id, buffer, len(buffer), 0, True)
+    if count < 0:
+        raise RuntimeError(f"token {token_id} has {-count} bytes")
+    return buffer.raw[:count]
+
+
 def main() -> None:
     request = json.load(sys.stdin)
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
@@ -33,10 +41,11 @@ def main() -> None:
     if not model:
         raise SystemExit(f"llama.cpp cannot load {request['model']}")
     vocab = llama_cpp.llama_model_get_vocab(model)
+    num_tokens = llama_cpp.llama_vocab_n_tokens(vocab)
     answer = {
         "ids": [_tokenize(vocab, t, request["add_special"], request["parse_special"]) for t in request["texts"]],
-        "eog": [i for i in range(llama_cpp.llama_vocab_n_tokens(vocab)) if llama_cpp.llama_vocab_is_eog(vocab, i)],
-        "pieces": [],
+        "eog": [i for i in range(num_tokens) if llama_cpp.llama_vocab_is_eog(vocab, i)],
+        "pieces": [_piece(vocab, i).hex() for i in range(num_tokens)],
     }
     json.dump(answer, sys.stdout)
 
