@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quant.model_file import open_model
 from server.config import DEFAULT_MODEL, Settings
 from server.models.catalog import resolve_model
 from server.text.tokenizer import Tokenizer, build_tokenizer
@@ -24,8 +25,6 @@ RUN = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scop
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    from quant.model_file import open_model
-
     model = open_model(resolve_model(DEFAULT_MODEL, Settings().cache_dir).path)
     try:
         return build_tokenizer(model.tokenizer, model.config.vocab_size)
