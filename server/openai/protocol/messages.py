@@ -28,7 +28,7 @@ class RefusalPart(WireModel):
 
 def _check_part(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else None
-    if kind in _PART_NAMES:
+    if isinstance(kind, str) and kind in _PART_NAMES:
         raise invalid(f"content parts of type '{kind}' are not supported: the served models read text only, not "
                       f"{_PART_NAMES[kind]}", "unsupported_value")  # fmt: skip
     return value
@@ -41,7 +41,7 @@ def _check_content(value: Any) -> Any:
 
 
 Part = Annotated[TextPart, BeforeValidator(_check_part)]
-AssistantPart = Annotated[TextPart | RefusalPart, BeforeValidator(_check_part), Field(discriminator="type")]
+AssistantPart = Annotated[Annotated[TextPart | RefusalPart, Field(discriminator="type")], BeforeValidator(_check_part)]
 Content = Annotated[str | list[Part], BeforeValidator(_check_content)]
 
 

@@ -188,10 +188,8 @@ async def test_unknown_model_is_404() -> None:
         for body, path in ((chat(model="x"), CHAT), (completion(model="x"), COMPLETIONS)):
             response = await h.post(path, body)
             assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")
-        for path in ("/tokenize", "/detokenize"):
-            response = await h.post(
-                path, {"model": "x", "prompt": "a"} if path == "/tokenize" else {"model": "x", "tokens": []}
-            )
+        for path, field in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": []})):
+            response = await h.post(path, {"model": "x", **field})
             assert response.status_code == 404
         with pytest.raises(openai.NotFoundError):
             await h.client.models.retrieve("x")

@@ -1,20 +1,17 @@
 """The OpenAPI document, and schemathesis driving the application with it: no 5xx, and errors in OpenAI's shape."""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import hypothesis
-import pytest
 import schemathesis
-from schemathesis import GenerationMode
+from fastapi import FastAPI
+from starlette.types import Receive, Scope, Send
 
-from server.app import Runtime, create_app
+from server.app import create_app
 from server.metrics import Metrics
 from server.openai.protocol.chat import ChatRequest
 from server.openai.service import ServedModel
-from tests.server.openai.harness import MODEL, async_test, build_backend, no_stats, serving
+from tests.server.openai.harness import MODEL, async_test, build_backend, serving
 from tests.server.openai.scripted import ScriptedEngine, byte_tokenizer
 from tests.server.openai.validator import check_response
 
@@ -32,13 +29,40 @@ async def test_the_document_lists_endpoints_fields_and_errors() -> None:
     assert operation["responses"]["400"]["content"]["application/json"]["schema"]["$ref"].endswith("Error")
 
 
-@asynccontextmanager
-async def _open(metrics: Metrics) -> AsyncIterator[Runtime]:
-    # Any model name is served, so that generated requests reach further than the 404.
-    yield Runtime(
-        build_backend(ScriptedEngine(byte_tokenizer()), metrics), (ServedModel(MODEL, 2048, root=MODEL),), no_stats
-    )
+def opened_app() -> FastAPI:
+    """Opened by hand: schemathesis runs a lifespan for every call, and the service opens once."""
+
+    def never(metrics: Metrics) -> Any:
+        raise AssertionError("no lifespan is run here")
+
+    app = create_app(never)
+    service = app.state.service
+    service.open(build_backend(ScriptedEngine(byte_tokenizer()), service.metrics), ServedModel(MODEL, 2048, root=MODEL))
+    return app
 
 
-app = create_app(_open)
-schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+app = opened_app()
+
+
+async def without_lifespan(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "lifespan":
+        await app(scope, receive, send)
+        return
+    for step in ("startup", "shutdown"):
+        await receive()
+        await send({"type": f"lifespan.{step}.complete"})
+
+
+schema = schemathesis.openapi.from_dict(app.openapi())
+schema.app = without_lifespan
+
+
+@schema.parametrize()
+@hypothesis.settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(hypothesis.HealthCheck))
+def test_generated_requests(case: Any) -> None:
+    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+        case.body["model"] = MODEL  # further than the 404
+    response = case.call()
+    assert response.status_code < 500, response.text
+    content_type = response.headers.get("content-type", [""])[0]
+    check_response(case.path, response.status_code, content_type, response.content)
