@@ -8,5 +8,11 @@ class ModelFileError(ValueError):
         self.path = str(path)
         self.tensor = tensor
         self.reason = reason
-        where = f"{self.path}: {tensor}" if tensor else self.path
+        where = f"{self.path}: {_printable(tensor)}" if tensor else self.path
         super().__init__(f"{where}: {reason}")
+
+
+def _printable(name: str) -> str:
+    """A name from an untrusted file, kept to one short line."""
+    shown = name if name.isprintable() else ascii(name)
+    return shown if len(shown) <= 120 else f"{shown[:117]}..."

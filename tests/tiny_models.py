@@ -1,13 +1,12 @@
 """Tiny random models for tests, as a GGUF file or a Hugging Face directory, without torch or a download.
 
-`write_tiny_gguf` and `write_tiny_hf` with the same arguments hold the same weights: drawn once in Hugging Face row order
-by `tiny_weights`, with the rows of Q and K permuted for GGUF files of the llama architecture, as llama.cpp's converter
+`write_tiny_gguf` and `write_tiny_hf` with the same arguments hold the same weights: those of
+`tiny_weights`, with the rows of Q and K permuted for GGUF files of the llama architecture, as llama.cpp's converter
 does. K-quants, which Python cannot quantize to, get random valid blocks instead.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,111 +14,26 @@ import gguf
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from quant.formats import BLOCK, GGMLType
+from quant.formats import GGMLType
 from tests.tiny_vocab import CHATML_TEMPLATE, SPECIAL_TOKENS, TinyVocab, byte_level_vocab, sentencepiece_vocab
+from tests.tiny_weights import TinyShape, dequantize, interleave_rows, random_blocks, tiny_weights
+
+__all__ = [
+    "TinyShape",
+    "bfloat16_bits",
+    "dequantize",
+    "hf_name",
+    "interleave_rows",
+    "random_blocks",
+    "save_safetensors",
+    "tiny_hf_config",
+    "tiny_hf_tokenizer",
+    "tiny_weights",
+    "write_tiny_gguf",
+    "write_tiny_hf",
+]
 
 K_QUANTS = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K)
-
-
-@dataclass(frozen=True)
-class TinyShape:
-    """The sizes of a tiny model. None for `qkv_bias` and `qk_norm`: as the architecture has it."""
-
-    architecture: str = "llama"
-    hidden: int = 64
-    layers: int = 2
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int | None = None
-    ffn: int = 128
-    vocab_size: int = 384
-    context_length: int = 256
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-5
-    tie: bool = True
-    qkv_bias: bool | None = None
-    qk_norm: bool | None = None
-
-    @property
-    def width(self) -> int:
-        """Elements of one head."""
-        return self.head_dim or self.hidden // self.heads
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether Q, K and V have biases."""
-        return self.architecture == "qwen2" if self.qkv_bias is None else self.qkv_bias
-
-    @property
-    def has_qk_norm(self) -> bool:
-        """Whether Q and K are normalized per head."""
-        return self.architecture == "qwen3" if self.qk_norm is None else self.qk_norm
-
-
-def tiny_weights(shape: TinyShape, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights by GGUF name, Q and K rows in Hugging Face (half-split) order."""
-    rng = np.random.default_rng(seed)
-    q_rows, kv_rows = shape.heads * shape.width, shape.kv_heads * shape.width
-
-    def linear(rows: int, columns: int) -> np.ndarray:
-        return (rng.standard_normal((rows, columns)) / np.sqrt(columns)).astype(np.float32)
-
-    def vector(size: int, mean: float) -> np.ndarray:
-        return (mean + 0.1 * rng.standard_normal(size)).astype(np.float32)
-
-    weights = {
-        "token_embd.weight": linear(shape.vocab_size, shape.hidden),
-        "output_norm.weight": vector(shape.hidden, 1),
-    }
-    if not shape.tie:
-        weights["output.weight"] = linear(shape.vocab_size, shape.hidden)
-    for i in range(shape.layers):
-        layer = {
-            "attn_norm.weight": vector(shape.hidden, 1),
-            "attn_q.weight": linear(q_rows, shape.hidden),
-            "attn_k.weight": linear(kv_rows, shape.hidden),
-            "attn_v.weight": linear(kv_rows, shape.hidden),
-            "attn_output.weight": linear(shape.hidden, q_rows),
-            "ffn_norm.weight": vector(shape.hidden, 1),
-            "ffn_gate.weight": linear(shape.ffn, shape.hidden),
-            "ffn_up.weight": linear(shape.ffn, shape.hidden),
-            "ffn_down.weight": linear(shape.hidden, shape.ffn),
-        }
-        if shape.has_bias:
-            layer |= {"attn_q.bias": vector(q_rows, 0), "attn_k.bias": vector(kv_rows, 0)}
-            layer |= {"attn_v.bias": vector(kv_rows, 0)}
-        if shape.has_qk_norm:
-            layer |= {"attn_q_norm.weight": vector(shape.width, 1), "attn_k_norm.weight": vector(shape.width, 1)}
-        weights |= {f"blk.{i}.{name}": array for name, array in layer.items()}
-    return weights
-
-
-def interleave_rows(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Q or K rows (or bias) from half-split to interleaved order: row j + s*head_dim/2 goes to 2j + s, in each head."""
-    split = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    return np.ascontiguousarray(split.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def random_blocks(type_: GGMLType, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Valid K-quant blocks (uint8, rows x row bytes) whose weights are near 1/sqrt(columns) in size."""
-    elements, size = BLOCK[type_]
-    blocks = rng.integers(0, 256, (*shape[:-1], shape[-1] // elements, size), dtype=np.uint8)
-    typical = {GGMLType.Q4_K: 240.0, GGMLType.Q5_K: 480.0, GGMLType.Q6_K: 1200.0}[type_]  # mean |weight| at scale 1
-    scale = np.float16(1 / (typical * np.sqrt(shape[-1])))
-    if type_ is GGMLType.Q6_K:
-        blocks[..., -2:] = np.frombuffer(scale.tobytes(), np.uint8)
-    else:
-        minimum = np.float16(scale * (7.5 if type_ is GGMLType.Q4_K else 15.5))
-        blocks[..., :4] = np.frombuffer(scale.tobytes() + minimum.tobytes(), np.uint8)
-    return blocks.reshape(*shape[:-1], -1)
-
-
-def dequantize(data: np.ndarray, type_: GGMLType, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 values of a tensor's bytes, by the `gguf` package: the slow, obvious twin."""
-    if type_ in (GGMLType.F32, GGMLType.F16):
-        return data.view(np.float32 if type_ is GGMLType.F32 else np.float16).astype(np.float32).reshape(shape)
-    rows = data.reshape(*shape[:-1], -1)
-    return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType(int(type_))).reshape(shape)
 
 
 def _add_tensor(
@@ -328,7 +242,7 @@ def write_tiny_hf(
     replace: Mapping[str, np.ndarray | None] | None = None,
     **shape_arguments: Any,
 ) -> Path:
-    """Write a Hugging Face directory; `config` adds or overrides keys of config.json, `replace` tensors (GGUF names)."""
+    """Write a Hugging Face directory; `config` adds or overrides keys of config.json, `replace` as in GGUF."""
     shape = TinyShape(**shape_arguments)
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
