@@ -110,10 +110,11 @@ class Tokenizer:
 
     def _encode(self, text: str, parse_special: bool) -> list[int]:
         try:
-            return self._encoder.encode(text, parse_special=parse_special)
+            text.encode()  # tokenizers only says that it wants a str
         except UnicodeEncodeError as error:  # JSON may carry "\ud800", which no UTF-8 has
-            where = f"lone surrogate U+{ord(error.object[error.start]):04X} at character {error.start}"
+            where = f"lone surrogate U+{ord(text[error.start]):04X} at character {error.start}"
             raise InvalidRequestError(f"text is not valid Unicode: {where}") from None
+        return self._encoder.encode(text, parse_special=parse_special)
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True, at_start: bool = True) -> str:
         """Text of the ids; bytes that are not UTF-8 become U+FFFD.
