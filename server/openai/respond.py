@@ -9,6 +9,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
 from starlette.responses import Response
@@ -37,12 +38,13 @@ def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
 
 
 class AnswerResponse(Response, Generic[Chunk]):
-    """One generation's answer. `assemble` makes the body when the request is not streamed."""
+    """One generation's answer. `assemble` makes the body when the request is not streamed; `under_way` counts it."""
 
     def __init__(
         self,
         chunks: AsyncGenerator[Chunk, None],
         assemble: Callable[[AsyncIterator[Chunk]], Awaitable[Body]],
+        under_way: Callable[[], AbstractContextManager[None]],
         *,
         stream: bool,
         include_usage: bool,
@@ -50,15 +52,17 @@ class AnswerResponse(Response, Generic[Chunk]):
         super().__init__()
         self._chunks: AsyncGenerator[Chunk, None] = chunks
         self._assemble: Callable[[AsyncIterator[Chunk]], Awaitable[Body]] = assemble
+        self._under_way = under_way
         self._stream = stream
         self._include_usage = include_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = self._send_events(send) if self._stream else self._send_body(scope, receive, send)
-        try:
-            await _until_disconnect(receive, work)
-        finally:
-            await self._chunks.aclose()
+        with self._under_way():
+            try:
+                await _until_disconnect(receive, work)
+            finally:
+                await self._chunks.aclose()
 
     async def _send_body(self, scope: Scope, receive: Receive, send: Send) -> None:
         body = await self._assemble(self._chunks)

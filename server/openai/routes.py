@@ -3,8 +3,7 @@
 Every handler is a few lines: read, route by model name, hand over to the backend, respond.
 """
 
-from collections.abc import AsyncGenerator
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -19,8 +18,6 @@ from server.openai.protocol.completions import CompletionRequest
 from server.openai.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from server.openai.respond import AnswerResponse, json_response
 from server.openai.service import Service
-
-Chunk = TypeVar("Chunk")
 
 
 def build_router(service: Service) -> APIRouter:
@@ -39,8 +36,9 @@ def _add_generation(router: APIRouter, service: Service) -> None:
         request = await read_model(http, ChatRequest)
         backend, version = service.backend(request.model)
         return AnswerResponse(
-            _counted(service, backend.chat(request, version)),
+            backend.chat(request, version),
             assemble_chat,
+            service.in_flight,
             stream=bool(request.stream),
             include_usage=request.wants_usage,
         )
@@ -50,21 +48,12 @@ def _add_generation(router: APIRouter, service: Service) -> None:
         request = await read_model(http, CompletionRequest)
         backend, version = service.backend(request.model)
         return AnswerResponse(
-            _counted(service, backend.complete(request, version)),
+            backend.complete(request, version),
             assemble_completion,
+            service.in_flight,
             stream=bool(request.stream),
             include_usage=request.wants_usage,
         )
-
-
-async def _counted(service: Service, chunks: AsyncGenerator[Chunk, None]) -> AsyncGenerator[Chunk, None]:
-    """The chunks, while the service knows that they are under way."""
-    with service.in_flight():
-        try:
-            async for chunk in chunks:
-                yield chunk
-        finally:
-            await chunks.aclose()
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
