@@ -14,20 +14,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Protocol
 
+from quant.model_types import TokenizerSource
 from server.errors import ConfigError, InvalidRequestError
 from server.text import gguf_source, hf_source
 from server.text.vocabulary import Vocabulary
-
-
-class TokenizerSource(Protocol):
-    """What a model file knows of its tokenizer (`quant.model_file.TokenizerSource`)."""
-
-    @property
-    def kind(self) -> Any: ...
-    @property
-    def metadata(self) -> Any: ...
-    @property
-    def tokenizer_json(self) -> str | None: ...
 
 
 class Encoder(Protocol):

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from quant.model_types import TokenizerSource
 from server.errors import ConfigError
 from server.text import tokenizer as text_tokenizer
 from server.text.detokenizer import Detokenizer
 from server.text.vocabulary import BYTE_OF_CHAR
 from tests.server.text import make_corpus, small_vocabularies
 from tests.server.text.corpus_texts import TEXTS
-from tests.server.text.vocabulary_files import Source
 
 _SMALL: dict[str, Any] = json.loads(make_corpus.SMALL_CORPUS.read_text())
 
@@ -33,7 +33,9 @@ def _byte_level_library() -> Tokenizer:
 
 def _sentencepiece_library() -> Tokenizer:
     metadata = small_vocabularies.sentencepiece_metadata(_SMALL["pieces"])
-    library = Tokenizer.from_str(text_tokenizer.build_tokenizer(Source(metadata), 5000).tokenizers_json)
+    library = Tokenizer.from_str(
+        text_tokenizer.build_tokenizer(TokenizerSource("gguf", metadata), 5000).tokenizers_json
+    )
     library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     library.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -43,7 +45,7 @@ def _sentencepiece_library() -> Tokenizer:
 
 
 def _build(library: Tokenizer, **metadata: Any) -> text_tokenizer.Tokenizer:
-    return text_tokenizer.build_tokenizer(Source(metadata, "hf", library.to_str()), 5000)
+    return text_tokenizer.build_tokenizer(TokenizerSource("hf", metadata, library.to_str()), 5000)
 
 
 @pytest.mark.parametrize("make", [_byte_level_library, _sentencepiece_library])
@@ -104,9 +106,9 @@ def test_template_of_several_is_the_default_one() -> None:
 
 def test_faults_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
-        text_tokenizer.build_tokenizer(Source({}, "hf"), 10)
+        text_tokenizer.build_tokenizer(TokenizerSource("hf", {}), 10)
     with pytest.raises(ConfigError, match=r"tokenizer\.json: "):
-        text_tokenizer.build_tokenizer(Source({}, "hf", "{"), 10)
+        text_tokenizer.build_tokenizer(TokenizerSource("hf", {}, "{"), 10)
     with pytest.raises(ConfigError, match="bos_token '<x>' is not in"):
         _build(_byte_level_library(), bos_token="<x>")
     library = _byte_level_library()

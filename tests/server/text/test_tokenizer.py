@@ -1,6 +1,7 @@
 """Special tokens, BOS and EOS, end-of-generation tokens, and what is refused."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,9 @@ import pytest
 from server.errors import ConfigError, InvalidRequestError
 from server.text.tokenizer import Tokenizer
 from tests.server.text import make_corpus, small_vocabularies
-from tests.server.text.vocabulary_files import tokenizer_from
+from tests.server.text.corpus_texts import TEXTS
+from tests.server.text.vocabulary_files import tokenizer_from, tokenizer_of_file
+from tests.tiny_models import write_tiny_gguf, write_tiny_hf
 
 _SMALL: dict[str, Any] = json.loads(make_corpus.SMALL_CORPUS.read_text())
 
@@ -187,3 +190,23 @@ def test_a_missing_pre_tokenizer_is_the_default_as_in_llamacpp() -> None:
         for pre in ("default", None)
     ]
     assert ids[0] == ids[1]
+
+
+@pytest.mark.parametrize("style", ["gpt2", "llama"])
+def test_from_a_model_file(style: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of_file(write_tiny_gguf(tmp_path / "tiny.gguf", tokenizer=style))
+    text = "The quick brown fox, 12 ½ 日本"
+    ids = tokenizer.encode(text, add_special=True, parse_special=True)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id in tokenizer.eog_token_ids
+    assert tokenizer.chat_template_text
+
+
+def test_gguf_and_hugging_face_files_agree(tmp_path: Path) -> None:
+    gguf = tokenizer_of_file(write_tiny_gguf(tmp_path / "tiny.gguf"))
+    directory = tokenizer_of_file(write_tiny_hf(tmp_path / "tiny"))
+    for text in TEXTS:
+        assert gguf.encode(text, add_special=True, parse_special=True) == directory.encode(
+            text, add_special=True, parse_special=True
+        )
+    assert gguf.eog_token_ids == directory.eog_token_ids

@@ -1,29 +1,21 @@
-"""Tokenizer sources for tests: from plain metadata, and from a GGUF file through the `gguf` package."""
+"""Tokenizers for tests: from plain metadata, and from a model file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gguf
-
+from quant.model_file import open_model
+from quant.model_types import TokenizerSource
 from server.text.tokenizer import Tokenizer, build_tokenizer
 
 
-@dataclass(frozen=True)
-class Source:
-    """What `quant.model_file.TokenizerSource` offers."""
-
-    metadata: Mapping[str, Any]
-    kind: str = "gguf"
-    tokenizer_json: str | None = field(default=None, repr=False)
-
-
 def tokenizer_from(metadata: Mapping[str, Any], vocab_size: int | None = None) -> Tokenizer:
-    return build_tokenizer(Source(metadata), vocab_size or len(metadata["ggml.tokens"]))
+    return build_tokenizer(TokenizerSource("gguf", metadata), vocab_size or len(metadata["ggml.tokens"]))
 
 
 def tokenizer_of_file(path: Path) -> Tokenizer:
-    fields = gguf.GGUFReader(path).fields
-    prefix = "tokenizer."
-    return tokenizer_from({k.removeprefix(prefix): f.contents() for k, f in fields.items() if k.startswith(prefix)})
+    model = open_model(path)
+    try:
+        return build_tokenizer(model.tokenizer, model.config.vocab_size)
+    finally:
+        model.close()
