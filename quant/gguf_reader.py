@@ -84,7 +84,7 @@ class _Reader:
         metadata: dict[str, Any] = {}
         for index in range(key_count):
             self._where = f"metadata key {index}"
-            key = self._string(_MAX_NAME_BYTES)
+            key = self._name()
             self._where = key
             if key in metadata:
                 raise self._error("the metadata key occurs twice")
@@ -134,6 +134,12 @@ class _Reader:
     def _check_count(self, what: str, count: int, min_bytes: int) -> None:
         if count > (self._size - self._position) // min_bytes:
             raise self._error(f"{count} {what} do not fit the file of {self._size} bytes")
+
+    def _name(self) -> str:
+        name = self._string(_MAX_NAME_BYTES)
+        if not name:
+            raise self._error("an empty name")
+        return name
 
     def _string(self, limit: int | None = None) -> str:
         length = self._uint64()
@@ -203,7 +209,7 @@ class _Reader:
 
     def _tensor_entry(self, index: int) -> tuple[str, int, list[int], int]:
         self._where = f"tensor {index}"
-        self._where = name = self._string(_MAX_NAME_BYTES)
+        self._where = name = self._name()
         count = self._uint32()
         if not 1 <= count <= _MAX_DIMENSIONS:
             raise self._error(f"{count} dimensions (accepted: 1 to {_MAX_DIMENSIONS})")
