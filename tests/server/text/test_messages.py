@@ -6,6 +6,7 @@ import pytest
 
 from server.errors import InvalidRequestError
 from server.text.messages import normalize_messages
+from server.tools.hermes import fold_tools
 
 
 def _one(**message: Any) -> dict[str, Any]:
@@ -80,3 +81,10 @@ def test_idempotent() -> None:
         [{"role": "developer", "content": None}, {"role": "assistant", "tool_calls": [call], "reasoning_content": "r"}]
     )
     assert normalize_messages(once) == once
+
+
+def test_tools_are_folded_into_the_developers_message() -> None:
+    tool = {"type": "function", "function": {"name": "now"}}
+    folded = fold_tools(normalize_messages([{"role": "developer", "content": "Be brief."}]), [tool])
+    assert [message["role"] for message in folded] == ["system"]
+    assert folded[0]["content"].startswith("Be brief.\n\n# Tools")
