@@ -15,7 +15,6 @@ from server.openai.protocol.tokens import TokenizeRequest
 from server.openai.protocol.tools import JsonObjectFormat, JsonSchemaFormat, NamedToolChoice, Tools
 from server.text.chat_template import ChatTemplate
 from server.text.messages import normalize_messages
-from server.text.messages import normalize_messages
 from server.text.tokenizer import Tokenizer
 from server.tools.constraint import CompiledGrammar, ConstraintFactory
 from server.tools.formats import ToolFormat, detect_tool_format
