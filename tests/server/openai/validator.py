@@ -115,8 +115,8 @@ def check_response(path: str, status: int, content_type: str, body: bytes) -> No
 
 def events(body: bytes) -> list[Any]:
     """The data of a server-sent event stream: JSON objects, and "[DONE]"."""
-    parts = body.decode().split("\n\n")
-    assert parts.pop() == ""
+    *parts, rest = body.decode().split("\n\n")
+    assert rest == ""
     assert all(part.startswith("data: ") for part in parts)
     return [part[6:] if part == "data: [DONE]" else json.loads(part[6:]) for part in parts]
 
