@@ -79,11 +79,12 @@ class AdapterSlots:
             try:
                 for part in todo:
                     self._core.load_lora(load.slot, part.layer, part.projection, part.a, part.b, part.scale)
-            except (ValueError, TypeError, RuntimeError, MemoryError) as error:  # what a nanobind call can raise
+            except (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as error:
+                # Whatever a C++ exception becomes in nanobind.
                 self._loads.popleft()
+                load.future.set_exception(AdapterError(f"the core refused the adapter: {error}"))
                 self._core.clear_lora(load.slot)
                 self._free.append(load.slot)
-                load.future.set_exception(AdapterError(f"the core refused the adapter: {error}"))
                 continue
             load.num_done += len(todo)
             if load.num_done == len(load.weights.projections):

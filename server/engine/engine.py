@@ -9,7 +9,6 @@ Knows token ids only. Not covered: text, stop strings, tool calls, HTTP; they li
 
 import asyncio
 import logging
-import math
 import secrets
 import threading
 import time
@@ -22,23 +21,21 @@ from functools import partial
 from server.engine.adapters import PROJECTIONS_PER_STEP, AdapterSlots, LoadedAdapter
 from server.engine.block_manager import BlockManager
 from server.engine.core_api import Core
+from server.engine.limits import EngineLimits
 from server.engine.lora_types import LoraWeights
 from server.engine.params import EngineOutput, Grammar, SamplingParams
 from server.engine.runner import Runner
 from server.engine.scheduler import MAX_MIXED_PREFILL_TOKENS, Outputs, Scheduler
 from server.engine.sequence import Sequence
-from server.engine.stats import Counters, EngineStats
+from server.engine.stats import Counters, EngineStats, FinishRate
 from server.engine.stream import TokenStream
 from server.engine.validation import check_params, to_token_array
-from server.errors import AdapterError, ConfigError, InvalidRequestError, QueueFullError, ServerUnavailableError
+from server.errors import AdapterError, InvalidRequestError, QueueFullError, ServerUnavailableError
 
 log = logging.getLogger(__name__)
 
 MAX_STEP_FAILURES = 3
 """Failed steps in a row before `health` reports it: one may be a single request's doing, three are the engine's."""
-MAX_RETRY_AFTER_SECONDS = 60
-FINISH_TIMES_KEPT = 32
-"""Endings that the rate for Retry-After is measured over: about one full batch."""
 
 
 class Engine:
@@ -61,40 +58,38 @@ class Engine:
         enable_prefix_caching: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        num_blocks = _within("num_blocks", num_blocks, core.num_blocks)
-        max_num_seqs = _within("max_num_seqs", max_num_seqs, min(core.max_num_seqs, core.max_logit_rows))
-        max_tokens = _within("max_num_batched_tokens", max_num_batched_tokens, core.max_batch_tokens)
-        if max_tokens < max_num_seqs:
-            raise ConfigError(f"max_num_batched_tokens {max_tokens} is less than max_num_seqs {max_num_seqs}")
-        if max_mixed_prefill_tokens < 1:
-            raise ConfigError(f"max_mixed_prefill_tokens {max_mixed_prefill_tokens} must be at least 1")
+        limits = EngineLimits.resolve(
+            core,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_mixed_prefill_tokens=max_mixed_prefill_tokens,
+            max_model_len=max_model_len,
+        )
         self._core = core
         self._clock = clock
         self._eog_token_ids = eog_token_ids
         self._max_waiting = max_waiting
-        self._max_num_seqs = max_num_seqs
-        self.max_model_len = min(max_model_len, num_blocks * core.block_size)
-        """Prompt and output together; less than the model's own limit when the KV pool is smaller."""
-        self._kv_limit_note = (
-            f" (the KV pool holds {num_blocks} blocks of {core.block_size} tokens; raise --kv-memory for more)"
-            if self.max_model_len < max_model_len
-            else ""
-        )
+        self._limits = limits
         self._counters = Counters()
-        self._blocks = BlockManager(num_blocks, core.block_size, enable_prefix_caching=enable_prefix_caching)
+        self._blocks = BlockManager(limits.num_blocks, core.block_size, enable_prefix_caching=enable_prefix_caching)
         self._scheduler = Scheduler(
             self._blocks,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             max_logit_rows=core.max_logit_rows,
-            max_mixed_prefill_tokens=max_mixed_prefill_tokens,
+            max_mixed_prefill_tokens=limits.max_mixed_prefill_tokens,
             counters=self._counters,
         )
-        max_blocks = -(-self.max_model_len // core.block_size)
-        self._runner = Runner(core, max_num_seqs=max_num_seqs, max_tokens=max_tokens, max_blocks=max_blocks)
+        self._runner = Runner(
+            core,
+            max_num_seqs=limits.max_num_seqs,
+            max_tokens=limits.max_num_batched_tokens,
+            max_blocks=-(-limits.max_model_len // core.block_size),
+        )
         self._adapters = AdapterSlots(core)
         self._streams: dict[Sequence, TokenStream] = {}
-        self._finish_times: deque[float] = deque(maxlen=FINISH_TIMES_KEPT)
+        self._finish_rate = FinishRate()
         self._failures_in_a_row = 0
         # Shared with callers, under the lock.
         self._lock = threading.Lock()
@@ -108,6 +103,11 @@ class Engine:
         self._is_stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and output together; less than was asked for when the KV pool is smaller."""
+        return self._limits.max_model_len
 
     # -- life -------------------------------------------------------------------------------------------------------
 
@@ -168,7 +168,7 @@ class Engine:
         prompt = to_token_array(token_ids, self._core.vocab_size)
         if len(prompt) >= self.max_model_len:
             raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens; at most {self.max_model_len - 1} fit{self._kv_limit_note}",
+                f"the prompt has {len(prompt)} tokens; at most {self.max_model_len - 1} fit{self._limits.kv_note}",
                 param="prompt",
                 code="context_length_exceeded",
             )
@@ -200,19 +200,11 @@ class Engine:
         if self._thread is None or self._is_draining or self._is_stopping:
             raise ServerUnavailableError(self.health() or "the engine is not running")
         num_waiting = self._num_submitted + len(self._scheduler.waiting)
-        if num_waiting + len(self._scheduler.running) >= self._max_num_seqs + self._max_waiting:
-            seconds = self._retry_after_seconds(num_waiting)
+        if num_waiting + len(self._scheduler.running) >= self._limits.max_num_seqs + self._max_waiting:
+            seconds = self._finish_rate.seconds_for(num_waiting, self._clock())
             raise QueueFullError(
                 f"{num_waiting} requests are waiting already; try again in {seconds} s", retry_after_seconds=seconds
             )
-
-    def _retry_after_seconds(self, num_waiting: int) -> int:
-        """How long the present queue takes at the rate of the last endings."""
-        times = self._finish_times
-        if not times:
-            return 1
-        seconds_each = (self._clock() - times[0]) / len(times)
-        return max(1, min(MAX_RETRY_AFTER_SECONDS, math.ceil(num_waiting * seconds_each)))
 
     # -- adapters ---------------------------------------------------------------------------------------------------
 
@@ -234,24 +226,13 @@ class Engine:
     # -- observation ------------------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        counters = self._counters
-        return EngineStats(
+        return self._counters.snapshot(
             num_running=len(self._scheduler.running),
             num_waiting=self._num_submitted + len(self._scheduler.waiting),
             num_blocks_used=self._blocks.num_used,
             num_blocks_cached=self._blocks.num_cached,
             num_blocks_total=self._blocks.num_blocks,
             num_adapters=self._adapters.num_loaded,
-            prefix_query_tokens=counters.prefix_query_tokens,
-            prefix_hit_tokens=counters.prefix_hit_tokens,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            num_preemptions=counters.num_preemptions,
-            num_steps=counters.num_steps,
-            num_step_errors=counters.num_step_errors,
-            step_seconds=counters.step_seconds,
-            num_finished=counters.num_finished,
-            batch_size_counts=tuple(counters.batch_size_counts),
         )
 
     # -- the engine thread ------------------------------------------------------------------------------------------
@@ -320,7 +301,7 @@ class Engine:
                 items.append((self._streams[seq], output))
                 continue
             items.append((self._streams.pop(seq), output))
-            self._finish_times.append(self._clock())
+            self._finish_rate.add(self._clock())
             if seq.adapter is not None:
                 with self._lock:
                     self._adapters.release(seq.adapter)
@@ -360,11 +341,3 @@ class Engine:
 def _dispatch(items: list[tuple[TokenStream, EngineOutput]]) -> None:
     for stream, output in items:
         stream.push(output)
-
-
-def _within(name: str, value: int | None, limit: int) -> int:
-    if value is None:
-        return limit
-    if not 1 <= value <= limit:
-        raise ConfigError(f"{name} {value} is out of range: the core was built for 1 to {limit}")
-    return value

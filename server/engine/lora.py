@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from quant.errors import ModelFileError
+from quant.mapping import MappedFile
+from quant.quantize import to_float32
+from quant.safetensors_reader import SafeTensor, read_tensors
 from server.engine.core_api import FloatArray
 from server.engine.lora_config import LoraTarget, read_lora_targets
-from server.engine.lora_tensors import RawTensor, read_tensors
 from server.engine.lora_types import LoraProjection, LoraWeights
 from server.errors import AdapterError
 
@@ -32,18 +35,22 @@ _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB
 def load_adapter_files(path: str | Path, config: "ModelConfig") -> LoraWeights:
     """Read the adapter in directory `path` for the model `config`. Raises AdapterError."""
     directory = Path(path)
-    config_bytes = _read(directory / CONFIG_NAME, MAX_CONFIG_BYTES)
-    if not (directory / TENSORS_NAME).is_file() and (directory / "adapter_model.bin").exists():
-        raise AdapterError(f"{directory}: adapter_model.bin is a pickle and is never read; save as safetensors")
+    config_bytes = _read_config(directory / CONFIG_NAME)
     targets = read_lora_targets(config_bytes, config)
-    tensor_bytes = _read(directory / TENSORS_NAME, _max_tensor_bytes(targets, config))
-    halves = _assign(read_tensors(tensor_bytes), {target.module for target in targets})
-    digest = sha256(len(config_bytes).to_bytes(8, "little") + config_bytes + tensor_bytes).hexdigest()
-    return LoraWeights(
-        rank=max(target.rank for target in targets),
-        projections=tuple(_projection(target, halves, config) for target in targets),
-        digest=f"sha256:{digest}",
-    )
+    file = _open_tensors(directory)
+    try:
+        halves = _assign(read_tensors(file), {target.module for target in targets})
+        digest = sha256(len(config_bytes).to_bytes(8, "little") + config_bytes)
+        digest.update(file.data)
+        return LoraWeights(
+            rank=max(target.rank for target in targets),
+            projections=tuple(_projection(target, halves, config) for target in targets),
+            digest=f"sha256:{digest.hexdigest()}",
+        )
+    except ModelFileError as error:
+        raise AdapterError(str(error)) from error
+    finally:
+        file.close()
 
 
 def projection_shape(config: "ModelConfig", projection: str) -> tuple[int, int]:
@@ -61,23 +68,27 @@ def projection_shape(config: "ModelConfig", projection: str) -> tuple[int, int]:
     }[projection]
 
 
-def _max_tensor_bytes(targets: list[LoraTarget], config: "ModelConfig") -> int:
-    """Every tensor in float32, and as much again for the header and for what will be refused by name."""
-    return 2 * sum(4 * target.rank * sum(projection_shape(config, target.projection)) for target in targets) + (1 << 24)
-
-
-def _read(path: Path, max_bytes: int) -> bytes:
+def _read_config(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
+            data = file.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise AdapterError(f"{path}: {error.strerror}") from None
-    if len(data) > max_bytes:
-        raise AdapterError(f"{path}: larger than the {max_bytes} bytes that its targets can need")
+    if len(data) > MAX_CONFIG_BYTES:
+        raise AdapterError(f"{path}: larger than {MAX_CONFIG_BYTES} bytes")
     return data
 
 
-def _assign(tensors: dict[str, RawTensor], modules: set[str]) -> dict[tuple[str, str], RawTensor]:
+def _open_tensors(directory: Path) -> MappedFile:
+    if not (directory / TENSORS_NAME).is_file() and (directory / "adapter_model.bin").exists():
+        raise AdapterError(f"{directory}: adapter_model.bin is a pickle and is never read; save as safetensors")
+    try:
+        return MappedFile(directory / TENSORS_NAME)
+    except ModelFileError as error:
+        raise AdapterError(str(error)) from error
+
+
+def _assign(tensors: dict[str, SafeTensor], modules: set[str]) -> dict[tuple[str, str], SafeTensor]:
     """Tensors by (module, "A" or "B"); whatever belongs to no adapted module is refused."""
     halves = {}
     for name, tensor in tensors.items():
@@ -88,7 +99,7 @@ def _assign(tensors: dict[str, RawTensor], modules: set[str]) -> dict[tuple[str,
     return halves
 
 
-def _projection(target: LoraTarget, halves: dict[tuple[str, str], RawTensor], config: "ModelConfig") -> LoraProjection:
+def _projection(target: LoraTarget, halves: dict[tuple[str, str], SafeTensor], config: "ModelConfig") -> LoraProjection:
     rows, columns = projection_shape(config, target.projection)
     return LoraProjection(
         target.layer,
@@ -99,14 +110,14 @@ def _projection(target: LoraTarget, halves: dict[tuple[str, str], RawTensor], co
     )
 
 
-def _matrix(module: str, half: str, halves: dict[tuple[str, str], RawTensor], shape: tuple[int, int]) -> FloatArray:
+def _matrix(module: str, half: str, halves: dict[tuple[str, str], SafeTensor], shape: tuple[int, int]) -> FloatArray:
     name = f"base_model.model.{module}.lora_{half}.weight"
     tensor = halves.get((module, half))
     if tensor is None:
         raise AdapterError(f"tensor {name} is missing")
     if tensor.shape != shape:
         raise AdapterError(f"tensor {name} has shape {list(tensor.shape)}; this model and rank need {list(shape)}")
-    values = tensor.to_float32()
+    values = np.array(to_float32(tensor.data.read(), tensor.type)).reshape(shape)  # a copy: the file is closed after
     if not np.isfinite(values).all():
         raise AdapterError(f"tensor {name} holds a value that is not finite")
     return values

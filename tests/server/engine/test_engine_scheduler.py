@@ -252,6 +252,23 @@ def test_prompt_logprobs(num_blocks):
         assert all(entry.top[0] == (entry.token_id, entry.logprob) for entry in result.logprobs)
 
 
+def test_prompt_logprobs_survive_a_preemption_in_the_middle_of_the_prompt():
+    driver = Driver(FakeCore(num_blocks=24, max_num_seqs=4, max_logit_rows=4))
+    for i in range(2):
+        driver.add(prompt(i, 5), SamplingParams(max_tokens=60, temperature=0.0))
+    text = prompt(9, 60)
+    scored = driver.add(text, SamplingParams(max_tokens=3, temperature=0.0, num_prompt_logprobs=0))
+    collected_before_preemption = 0
+    while driver.scheduler.has_work:
+        driver.step()
+        if scored.state is SequenceState.WAITING and scored.was_admitted:
+            collected_before_preemption = len(scored.prompt_logprobs)
+    assert 1 < collected_before_preemption < 60
+    entries = driver.result(scored).prompt_logprobs[1:]
+    assert [entry.token_id for entry in entries] == text[1:]
+    assert [entry.logprob for entry in entries] == pytest.approx(reference_prompt_logprobs(text))
+
+
 def test_num_logprobs_zero_gives_the_chosen_token_only():
     driver = Driver()
     seq = driver.add(prompt(1, 5), SamplingParams(max_tokens=2, temperature=1.0, seed=1, num_logprobs=0))

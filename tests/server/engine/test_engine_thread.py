@@ -47,8 +47,9 @@ async def finish(stream: TokenStream) -> EngineOutput:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    while not condition():  # noqa: ASYNC110 a yield, no wait: nothing signals what the other thread does
-        await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 a yield, no wait: nothing signals what the other thread does
+            await asyncio.sleep(0)
 
 
 async def generate(engine: Engine, tokens, params=GREEDY, **options) -> EngineOutput:
@@ -406,7 +407,7 @@ def test_a_load_beside_traffic_is_spread_over_steps():
         async with running(core) as engine:
             stream = engine.submit(prompt(0), LONG)
             loading = asyncio.create_task(asyncio.to_thread(engine.load_adapter, adapter(1, num_layers=20)))
-            await until(lambda: core.steps and engine._inbox)  # the load lies in the inbox, behind a step
+            await until(lambda: core.steps and (engine._inbox or engine._adapters.has_work))
             core.gate.set()
             await loading
             await finish(stream)

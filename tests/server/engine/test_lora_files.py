@@ -99,6 +99,7 @@ def test_every_float_type(tmp_path, dtype):
         assert part.b.shape == (rows, 2)
         assert part.a.dtype == part.b.dtype == np.float32
         assert part.a.flags.c_contiguous
+        assert part.a.flags.writeable  # its own memory, not the file
         np.testing.assert_array_equal(part.a, tensors[f"{prefix}.lora_A.weight"][0])
         np.testing.assert_array_equal(part.b, tensors[f"{prefix}.lora_B.weight"][0])
         assert part.scale == 3.0
@@ -259,7 +260,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     refused(r"shape \[3, 8\]", lambda t: t.update({first(t): (np.ones((3, 8)), "F32")}))
     refused("not finite", lambda t: t.update({first(t): (np.full((2, 8), np.nan), "BF16")}))
     refused("not finite", lambda t: t.update({first(t): (np.full((2, 8), np.inf), "F16")}))
-    refused("type F64", lambda t: t.update({first(t): (np.ones((2, 8)), "F64")}))
+    refused("F64.*not supported", lambda t: t.update({first(t): (np.ones((2, 8)), "F64")}))
 
 
 def test_missing_files_and_pickles(tmp_path):
@@ -279,14 +280,6 @@ def test_broken_configurations(tmp_path, text):
     load(tmp_path)
     (tmp_path / "adapter_config.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(AdapterError, match=r"adapter_config\.json"):
-        load_adapter_files(tmp_path, MODEL)
-
-
-def test_oversized_files_are_not_read_whole(tmp_path):
-    load(tmp_path)
-    with (tmp_path / "adapter_model.safetensors").open("r+b") as file:
-        file.truncate(1 << 33)  # sparse
-    with pytest.raises(AdapterError, match="larger than"):
         load_adapter_files(tmp_path, MODEL)
 
 
