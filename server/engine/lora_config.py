@@ -35,7 +35,7 @@ _READ = frozenset(
 # the adapter does not fit the published base; PEFT can convert such an adapter on saving and then writes `true`.
 _HARMLESS_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 _UNSERVED_MODULES = ("lm_head", "model.embed_tokens")
-_OFF = (None, False, "", [], {})
+_OFF: tuple[object, ...] = (None, False, "", [], {})
 
 
 @dataclass(frozen=True, slots=True)

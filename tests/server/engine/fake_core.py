@@ -165,8 +165,8 @@ class FakeCore:
             StepRecord(np.diff(seq_starts).tolist(), seq_positions.tolist(), lora_slots.tolist(), logit_rows.tolist())
         )
         self.threads.add(threading.current_thread().name)
-        if self.gate is not None:
-            assert self.gate.wait(30), "the test never opened the gate"
+        if self.gate is not None and not self.gate.wait(30):
+            raise TimeoutError("the test never opened the gate")
         if self.fail_steps:
             self.fail_steps -= 1
             raise RuntimeError("the fake core was told to fail")
