@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         "--chat", dest="raw", action="store_false", help="as a user's message in the chat template [yes]"
     )
     style.add_argument("--raw", dest="raw", action="store_true", help="continue the prompt as it is")
+    parser.set_defaults(raw=False)
     parser.add_argument("--max-tokens", type=int, default=256, help="longest answer [256]")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 always takes the likeliest token [1.0]")
     parser.add_argument("--seed", type=int, help="the same seed gives the same answer")
