@@ -34,8 +34,8 @@ class KVBudget:
 
     def __str__(self) -> str:
         return (
-            f"KV cache {format_bytes(self.num_bytes)}: {self.num_tokens} tokens, "
-            f"{self.num_tokens // self.max_model_len} sequences of the full {self.max_model_len} tokens"
+            f"KV cache {format_bytes(self.num_bytes)} for {self.num_tokens} tokens, "
+            f"{self.max_model_len} at most in one request"
         )
 
 

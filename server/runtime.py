@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from _sterna import available_isas
 from quant.formats import BLOCK
 from quant.model_file import ModelFile, open_model
 from server.app import OpenRuntime, Runtime
@@ -69,7 +70,12 @@ def _runtime(settings: Settings, loaded: _Loaded, metrics: Metrics) -> Runtime:
     )
     name = settings.served_model_name or loaded.model.name
     model = ServedModel(name, engine.max_model_len, root=loaded.model.name)
-    return Runtime(backend, (model,), engine.stats, description=str(loaded.budget))
+    return Runtime(backend, (model,), engine.stats, description=_description(settings, loaded.budget))
+
+
+def _description(settings: Settings, budget: KVBudget) -> str:
+    isa = available_isas()[0] if settings.isa == "auto" else settings.isa
+    return f"{isa}, {settings.threads or physical_cores()} threads, {budget}"
 
 
 def _load(settings: Settings) -> _Loaded:

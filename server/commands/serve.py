@@ -143,6 +143,9 @@ def _announced(open_runtime: "OpenRuntime", url: str) -> "OpenRuntime":
             gc.freeze()
             names = ", ".join(model.name for model in runtime.models)
             print(f"Sterna serves {names} on {url} ({runtime.description})", flush=True)
-            yield runtime
+            try:
+                yield runtime
+            finally:
+                gc.unfreeze()  # or the exit finds the core still referenced, and nanobind reports a leak
 
     return opened

@@ -59,7 +59,7 @@ def test_what_was_asked_for_is_kept() -> None:
     budget = plan(kv_memory=300 * MIB, max_model_len=1000)
     assert budget.num_blocks == 300 * MIB // BLOCK
     assert budget.max_model_len == 1000
-    assert str(budget) == f"KV cache 300 MiB: {budget.num_tokens} tokens, 13 sequences of the full 1000 tokens"
+    assert str(budget) == f"KV cache 300 MiB for {budget.num_tokens} tokens, 1000 at most in one request"
 
 
 def test_exactly_one_full_sequence_fits() -> None:
