@@ -83,6 +83,8 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
     )
     server = DrainingServer(config, app.state.service, settings.drain_seconds)
     await server.serve(sockets=[listener])
+    if server.force_exit:  # uvicorn then leaves the application running
+        await server.lifespan.shutdown()
     if failures:
         raise failures[0]
     return 128 + server.quit_signal if server.quit_signal else 0
