@@ -1,0 +1,1 @@
+"""Measurements: each says what it measures and ends with one line of JSON."""
