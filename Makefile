@@ -10,7 +10,7 @@ THREADS ?=
 
 CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.inc') $(wildcard CMakeLists.txt)
 
-.PHONY: run test check bench fmt clean setup test-setup
+.PHONY: run test peers check bench fmt clean setup test-setup
 .DELETE_ON_ERROR:
 
 run: setup ## serve the default model on 127.0.0.1:8000
@@ -20,6 +20,10 @@ run: setup ## serve the default model on 127.0.0.1:8000
 test: test-setup check ## linters, types and every test that needs nothing but this machine
 	$(BIN)/sterna models pull smollm2-135m-instruct
 	$(BIN)/python -m pytest -m "not real_peer and not gpu" --durations=10
+
+peers: test-setup $(VENV)/.peers-built ## compare with llama.cpp, which compiles for about ten minutes once
+	$(BIN)/sterna models pull smollm2-135m-instruct
+	STERNA_TEST_LLAMACPP_PYTHON=$(abspath $(VENV))/llamacpp/bin/python $(BIN)/python -m pytest -m real_peer
 
 check: test-setup
 	$(BIN)/ruff check .
@@ -60,4 +64,10 @@ $(VENV)/.built: $(VENV)/.build-tools pyproject.toml $(CPP)
 $(VENV)/.test-built: $(VENV)/.built
 	$(PIP) install --quiet torch==2.13.0
 	$(PIP) install --quiet --no-build-isolation --editable '.[test]'
+	touch $@
+
+# An environment of its own, so that nothing of a peer can reach ours.
+$(VENV)/.peers-built: $(VENV)/.created
+	$(BIN)/python -m venv --without-pip $(VENV)/llamacpp
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) --python $(VENV)/llamacpp/bin/python install --quiet llama-cpp-python==0.3.36
 	touch $@

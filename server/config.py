@@ -25,7 +25,8 @@ DEFAULT_FILE = Path("sterna.toml")
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 # Kubernetes gives every pod STERNA_SERVICE_HOST, STERNA_PORT_8000_TCP and so on when a service is called "sterna".
-_SERVICE_LINK = re.compile(r"STERNA_(SERVICE_(HOST|PORT)|PORT_\d+_)")
+# STERNA_TEST_ is for the tests, whose servers inherit it.
+_NOT_SETTINGS = re.compile(r"STERNA_(SERVICE_(HOST|PORT)|PORT_\d+_|TEST_)")
 
 
 def _default_cache_dir() -> Path:
@@ -124,7 +125,7 @@ def _read_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name.removeprefix(ENV_PREFIX).lower(): value
         for name, value in environ.items()
-        if name.startswith(ENV_PREFIX) and value and not _SERVICE_LINK.match(name)
+        if name.startswith(ENV_PREFIX) and value and not _NOT_SETTINGS.match(name)
     }
 
 

@@ -87,6 +87,7 @@ def test_an_empty_variable_is_not_set_and_service_links_of_kubernetes_are_not_se
         "STERNA_PORT": "",
         "STERNA_SERVICE_HOST": "10.0.0.1",
         "STERNA_PORT_8000_TCP_ADDR": "10.0.0.1",
+        "STERNA_TEST_ANYTHING": "1",
         "HOME": "/x",
     }
     assert load_settings(environ=environ).port == 8000
