@@ -46,7 +46,8 @@ def plan_kv_budget(
 
     A `max_model_len` that was asked for must fit; one that was not is lowered to what fits. Raises ConfigError.
     """
-    block_bytes = BLOCK_TOKENS * config.num_layers * 2 * config.num_kv_heads * config.head_dim * KV_ELEMENT_BYTES
+    padded_dim = -(-config.head_dim // 16) * 16  # the core's cache holds whole vectors of 16
+    block_bytes = BLOCK_TOKENS * config.num_layers * 2 * config.num_kv_heads * padded_dim * KV_ELEMENT_BYTES
     if max_model_len is not None and max_model_len > config.context_length:
         raise ConfigError(
             f"max_model_len {max_model_len} is more than the {config.context_length} tokens {config.name} was made for"

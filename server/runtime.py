@@ -5,6 +5,7 @@ can say "loading" meanwhile. The one place where the serving parts are put toget
 """
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,6 +30,9 @@ from server.openai.service import ServedModel
 from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer, build_tokenizer
 from server.tools.constraint import ConstraintFactory
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,9 @@ def _description(settings: Settings, budget: KVBudget) -> str:
 
 def _load(settings: Settings) -> _Loaded:
     model = resolve_model(settings.model, settings.cache_dir)
-    file = open_model(model.path, quantize=settings.quantize)
+    file = open_model(model.path, quantize=settings.quantize, digest_cache=settings.cache_dir / "digests")
+    for note in file.notes:
+        logger.info("%s: %s", file.path, note)
     _check_digest(model, file)
     budget = plan_kv_budget(
         file.config,
@@ -132,7 +138,12 @@ def _planner(settings: Settings, tokenizer: Tokenizer, mask_words: int) -> ChatP
         text = _read_template(settings.chat_template)
     template = None
     if text is not None:
-        template = ChatTemplate(text, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
+        template = ChatTemplate(
+            text,
+            bos_token=tokenizer.bos_token,
+            eos_token=tokenizer.eos_token,
+            special_tokens=tokenizer.special_tokens,
+        )
     constraints = ConstraintFactory(tokenizer, mask_words=mask_words)
     return ChatPlanner(tokenizer, template, constraints, template_text=text)
 

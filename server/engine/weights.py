@@ -73,6 +73,8 @@ def load_model(
     for done, tensor in enumerate(file.tensors.values()):
         try:
             _add(model, config, tensor)
+        except ModelFileError:
+            raise
         except ValueError as error:
             raise ModelFileError(file.path, str(error), tensor=tensor.name) from error
         tensor.release()

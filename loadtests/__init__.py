@@ -1,0 +1,1 @@
+"""Load clients: locust users and a light raw-SSE client."""
