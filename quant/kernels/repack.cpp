@@ -1,5 +1,5 @@
-// Block layouts follow ggml's ggml-common.h as documented in the GGUF specification; the slow twin is the `gguf`
-// package's quants.py, compared in tests/quant/test_kernels_pack.py.
+// Packing of GGUF blocks into panels. The block layouts are those of ggml-common.h; the slow twin is the `gguf`
+// package (quants.py), compared in tests/quant/test_kernels_pack.py.
 #include "repack.h"
 
 #include <cstring>

@@ -30,7 +30,7 @@ from server.engine.sequence import Sequence
 from server.engine.stats import Counters, EngineStats, FinishRate
 from server.engine.stream import TokenStream
 from server.engine.validation import check_params, to_token_array
-from server.errors import AdapterError, InvalidRequestError, QueueFullError, ServerUnavailableError
+from server.errors import AdapterError, QueueFullError, ServerUnavailableError
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,6 @@ class Engine:
         """Prompt and output together; less than was asked for when the KV pool is smaller."""
         return self._limits.max_model_len
 
-    # -- life -------------------------------------------------------------------------------------------------------
-
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Outputs are delivered on `loop`."""
         assert self._thread is None, "an engine starts once"
@@ -150,8 +148,6 @@ class Engine:
             return f"the last {self._failures_in_a_row} engine steps failed; see the log"
         return None
 
-    # -- requests ---------------------------------------------------------------------------------------------------
-
     def submit(
         self,
         token_ids: SequenceOf[int],
@@ -166,12 +162,7 @@ class Engine:
         Raises InvalidRequestError, QueueFullError, ServerUnavailableError, AdapterError (`adapter` was unloaded).
         """
         prompt = to_token_array(token_ids, self._core.vocab_size)
-        if len(prompt) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(prompt)} tokens; at most {self.max_model_len - 1} fit{self._limits.kv_note}",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+        self._limits.check_prompt(len(prompt))
         check_params(params, self._core.vocab_size)
         # Nothing but an end may follow a finished grammar, so there `ignore_eos` would only repeat the end.
         ends = frozenset() if params.ignore_eos and grammar is None else self._eog_token_ids
@@ -206,8 +197,6 @@ class Engine:
                 f"{num_waiting} requests are waiting already; try again in {seconds} s", retry_after_seconds=seconds
             )
 
-    # -- adapters ---------------------------------------------------------------------------------------------------
-
     def load_adapter(self, weights: LoraWeights) -> LoadedAdapter:
         """Put an adapter into a free slot while requests run on. Blocks its thread: not for the event loop's.
 
@@ -223,8 +212,6 @@ class Engine:
         self._post_command(lambda outputs: self._adapters.begin_unload(adapter, future), must_run=True)
         return future
 
-    # -- observation ------------------------------------------------------------------------------------------------
-
     def stats(self) -> EngineStats:
         return self._counters.snapshot(
             num_running=len(self._scheduler.running),
@@ -234,8 +221,6 @@ class Engine:
             num_blocks_total=self._blocks.num_blocks,
             num_adapters=self._adapters.num_loaded,
         )
-
-    # -- the engine thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         """The top loop: the one place that survives anything, by ending the sequences that were part of it."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from server.engine.core_api import Core
-from server.errors import ConfigError
+from server.errors import ConfigError, InvalidRequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,15 @@ class EngineLimits:
             min(max_model_len, capacity),
             note if capacity < max_model_len else "",
         )
+
+    def check_prompt(self, num_tokens: int) -> None:
+        """A prompt must leave room for one token of answer. Raises InvalidRequestError."""
+        if num_tokens >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens; at most {self.max_model_len - 1} fit{self.kv_note}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
 
 
 def _within(name: str, value: int | None, limit: int) -> int:

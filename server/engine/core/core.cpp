@@ -1,3 +1,4 @@
+// One forward pass: batch checks, the layers in order, projections with LoRA, paged attention, logits.
 #include "core.h"
 
 #include <algorithm>

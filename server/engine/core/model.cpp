@@ -1,3 +1,4 @@
+// Loading: tensors by name into packed panels, shapes checked against the model.
 #include "model.h"
 
 #include <atomic>

@@ -1,3 +1,4 @@
+// Penalties, masks, temperature, top-k, top-p, min-p and the draw, for one row of logits.
 #include "sampler.h"
 
 #include <algorithm>

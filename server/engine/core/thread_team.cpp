@@ -1,3 +1,4 @@
+// Claiming of chunks, bounded spinning, sleeping and waking.
 #include "thread_team.h"
 
 #include <cassert>
