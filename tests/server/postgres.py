@@ -1,0 +1,120 @@
+"""A private PostgreSQL server for one test run, and `database_url`: every test that takes it runs on both databases.
+
+A room's conftest says `from tests.server.postgres import database_url`. The cluster is started once a process, when
+the first test marked `postgres` asks for it (root may not run PostgreSQL, so it runs as the user that Debian's package
+made), and each test gets a database of its own. Without the binaries such a test fails: deselect it by its marker.
+"""
+
+import atexit
+import functools
+import glob
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+
+BINARIES = "/usr/lib/postgresql/*/bin"
+
+
+class Cluster:
+    """One server on a free port of 127.0.0.1, its data under /tmp, no fsync trimmed away: as in production."""
+
+    def __init__(self) -> None:
+        found = sorted(glob.glob(BINARIES))
+        assert found, f"no PostgreSQL in {BINARIES}: apt-get install postgresql, or deselect with -m 'not postgres'"
+        self._bin = Path(found[-1])
+        self._root = Path(tempfile.mkdtemp(prefix="sterna-postgres-"))
+        self._data = self._root / "data"
+        if os.getuid() == 0:
+            shutil.chown(self._root, "postgres", "postgres")
+        self.port = _free_port()
+        self._run("initdb", "-D", str(self._data), "-U", "sterna", "-A", "trust", "--no-instructions", "-E", "UTF8")
+        self.start()
+
+    def start(self) -> None:
+        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self._root}"
+        log = str(self._root / "log")
+        self._run("pg_ctl", "-D", str(self._data), "-w", "-o", options, "-l", log, "start")
+
+    def stop(self) -> None:
+        """At once, as a crash would: connections are cut."""
+        self._run("pg_ctl", "-D", str(self._data), "-w", "-m", "immediate", "stop")
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self._root)
+
+    def create_database(self) -> str:
+        name = f"test_{uuid.uuid4().hex}"
+        self._admin(f"CREATE DATABASE {name}")
+        return name
+
+    def drop_database(self, name: str) -> None:
+        self._admin(f"DROP DATABASE {name} WITH (FORCE)")
+
+    def url(self, name: str) -> str:
+        return f"postgresql://sterna@127.0.0.1:{self.port}/{name}"
+
+    def _admin(self, statement: str) -> None:
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute(statement)  # type: ignore[call-overload]
+
+    def _run(self, program: str, *arguments: str) -> None:
+        def become_postgres() -> None:
+            user = pwd.getpwnam("postgres")
+            os.setgid(user.pw_gid)
+            os.setuid(user.pw_uid)
+
+        subprocess.run(
+            [str(self._bin / program), *arguments],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # the server keeps what it inherits: a pipe would never end
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            preexec_fn=become_postgres if os.getuid() == 0 else None,
+        )
+
+
+@functools.cache
+def cluster() -> Cluster:
+    started = Cluster()
+    atexit.register(started.remove)
+    return started
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture
+def postgres_url() -> Iterator[str]:
+    """An empty PostgreSQL database."""
+    server = cluster()
+    name = server.create_database()
+    yield server.url(name)
+    server.drop_database(name)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """The URL of a file that does not exist yet."""
+    return f"sqlite:///{tmp_path}/test.db"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """An empty database of each kind in turn."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
