@@ -81,7 +81,9 @@ class Database:
         with self.write() as connection:
             fresh = self.insert(secrets_table).values(name=name, value=secrets.token_bytes(32))
             connection.execute(fresh.on_conflict_do_nothing())
-            value: bytes = connection.scalar(select(secrets_table.c.value).where(secrets_table.c.name == name))
+            value: bytes = connection.execute(
+                select(secrets_table.c.value).where(secrets_table.c.name == name)
+            ).scalar_one()
             return value
 
     def is_file_in_place(self) -> bool:

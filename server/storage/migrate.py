@@ -1,4 +1,4 @@
-"""Brings a database's schema up to date when it is opened: Alembic's history in `migrations/`, one line without branches.
+"""Brings a database's schema up to date when it is opened: Alembic's history in `migrations/`, one line.
 
 The revisions are the numbers of their files (`0002_traces.py` is "0002"), so that a database that is up to date is
 recognized without importing Alembic (0.1 s of every start). Servers that start together take turns under a lock, and

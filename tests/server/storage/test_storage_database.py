@@ -1,7 +1,7 @@
 """Opening, transactions and their order, the shared secret, and how faults are named."""
 
 import sqlite3
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
@@ -20,9 +20,14 @@ def test_a_write_is_seen_by_others_and_a_failed_one_by_nobody(database_url: str)
     ours, theirs = open_database(database_url), open_database(database_url)
     with ours.write() as connection:
         connection.execute(insert(secrets_table).values(name="kept", value=b"1"))
-    with pytest.raises(IntegrityError), ours.write() as connection:
-        connection.execute(insert(secrets_table).values(name="lost", value=b"1"))
-        connection.execute(insert(secrets_table).values(name="kept", value=b"2"))
+
+    def lose() -> None:
+        with ours.write() as connection:
+            connection.execute(insert(secrets_table).values(name="lost", value=b"1"))
+            connection.execute(insert(secrets_table).values(name="kept", value=b"2"))
+
+    with pytest.raises(IntegrityError):
+        lose()
     with theirs.read() as connection:
         assert connection.scalars(select(secrets_table.c.name)).all() == ["kept"]
     ours.close()
@@ -41,11 +46,9 @@ def test_writes_under_one_lock_take_turns(database_url: str) -> None:
                 number = int(connection.execute(text("SELECT value FROM storage_secrets")).scalar_one())
                 connection.execute(secrets_table.update().values(value=str(number + 1).encode()))
 
-    threads = [threading.Thread(target=add_ten) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(add_ten) for _ in range(4)]:
+            done.result()
     with database.read() as connection:
         assert connection.execute(text("SELECT value FROM storage_secrets")).scalar_one() == b"40"
     database.close()
@@ -135,9 +138,14 @@ def test_a_file_moved_away_takes_no_writes_and_comes_back(sqlite_url: str, tmp_p
 
 def test_a_file_moved_away_inside_a_transaction_fails_it(sqlite_url: str, tmp_path: Path) -> None:
     database = open_database(sqlite_url)
-    with pytest.raises(DatabaseUnavailableError, match="moved or deleted"), database.write() as connection:
-        connection.execute(insert(secrets_table).values(name="lost", value=b"1"))
-        (tmp_path / "test.db").rename(tmp_path / "away.db")
+
+    def write() -> None:
+        with database.write() as connection:
+            connection.execute(insert(secrets_table).values(name="lost", value=b"1"))
+            (tmp_path / "test.db").rename(tmp_path / "away.db")
+
+    with pytest.raises(DatabaseUnavailableError, match="moved or deleted"):
+        write()
     database.close()
 
 
