@@ -31,7 +31,6 @@ from server.text.chat_template import ChatTemplate
 from server.text.tokenizer import Tokenizer, build_tokenizer
 from server.tools.constraint import ConstraintFactory
 
-
 logger = logging.getLogger(__name__)
 
 
