@@ -10,16 +10,22 @@ THREADS ?=
 
 CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.inc') $(wildcard CMakeLists.txt)
 
-.PHONY: run test peers check bench fmt clean setup test-setup
+.PHONY: run test postgres peers check bench fmt clean setup test-setup
 .DELETE_ON_ERROR:
 
 run: setup ## serve the default model on 127.0.0.1:8000
 	$(BIN)/sterna models pull $(MODEL)
 	$(BIN)/sterna serve --model $(MODEL)
 
-test: test-setup check ## linters, types and every test that needs nothing but this machine
+test: test-setup check postgres ## linters, types and every test that needs nothing but this machine
 	$(BIN)/sterna models pull smollm2-135m-instruct
-	$(BIN)/python -m pytest -m "not real_peer and not gpu" --durations=10
+	$(BIN)/python -m pytest --durations=10 -m "not real_peer and not gpu $(if $(wildcard /usr/lib/postgresql/*/bin/initdb),,and not postgres)"
+
+# The trace log is tested on PostgreSQL too. Without its server, and without the right to install it, say so.
+postgres:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; } \
+	  || echo "make: no PostgreSQL server here (apt-get install postgresql): its tests are left out"
 
 peers: test-setup $(VENV)/.peers-built ## compare with llama.cpp, which compiles for about ten minutes once
 	$(BIN)/sterna models pull smollm2-135m-instruct
