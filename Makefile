@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 MODEL ?= smollm2-135m-instruct
 THREADS ?=
+INITDB := /usr/lib/postgresql/*/bin/initdb
 
 CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.inc') $(wildcard CMakeLists.txt)
 
@@ -19,11 +20,11 @@ run: setup ## serve the default model on 127.0.0.1:8000
 
 test: test-setup check postgres ## linters, types and every test that needs nothing but this machine
 	$(BIN)/sterna models pull smollm2-135m-instruct
-	$(BIN)/python -m pytest --durations=10 -m "not real_peer and not gpu $(if $(wildcard /usr/lib/postgresql/*/bin/initdb),,and not postgres)"
+	$(BIN)/python -m pytest --durations=10 -m "not real_peer and not gpu$$(ls $(INITDB) >/dev/null 2>&1 || echo ' and not postgres')"
 
 # The trace log is tested on PostgreSQL too. Without its server, and without the right to install it, say so.
 postgres:
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
+	@ls $(INITDB) >/dev/null 2>&1 \
 	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && apt-get install -y -qq postgresql >/dev/null; } \
 	  || echo "make: no PostgreSQL server here (apt-get install postgresql): its tests are left out"
 
