@@ -1,0 +1,1 @@
+"""API keys: who may do what, and whether what they ask is logged."""

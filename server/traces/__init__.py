@@ -1,0 +1,1 @@
+"""The trace log: every answered request, the episodes they form, and the feedback that arrives later."""
