@@ -72,6 +72,9 @@ struct Kernels {
   int32_t max_group;  // largest activation group this ISA's matmul takes
 
   void (*quantize_rows)(const float* x, int64_t stride, int row_begin, int row_end, int cols, int group, ActBlock* out);
+  // out = x minus what `quantized` says of it: the rounding error, for a second pass at 1/127 of the step.
+  void (*rounding_error)(const float* x, int64_t stride, int row_begin, int row_end, int cols, int group,
+                         const ActBlock* quantized, float* out);
   // out[row][panel * 16 + lane] (+)= W x for rows [row_begin, row_end) (row_begin a multiple of group) and the panels.
   void (*matmul)(const PackedMatrix& w, const ActBlock* x, int group, int row_begin, int row_end, int panel_begin,
                  int panel_end, float* out, int64_t out_stride, bool accumulate);

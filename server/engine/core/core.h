@@ -4,6 +4,7 @@
 // Rows of the batch are grouped by sequence. Nothing here knows of requests, text or scheduling.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <string>
@@ -13,6 +14,9 @@
 #include "sampler.h"
 
 namespace sterna {
+
+// Work below this many multiply-adds stays on the calling thread: waking the others costs about as much.
+constexpr int64_t kInlineWork = 20000;
 
 struct CoreLimits {
   int num_blocks, max_num_seqs, max_batch_tokens, max_logit_rows, max_loras;
@@ -73,6 +77,10 @@ class Core {
   // out (+)= W x + LoRA for up to three projections of the same input.
   void project(int layer, const float* x, int64_t x_stride, int rows, const Target* targets, int count,
                int64_t out_stride, bool accumulate);
+  // A second pass over the rounding errors of the activations in quantized_: out += W (x - quantized x).
+  void refine(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride);
+  void matmul_targets(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride,
+                      bool accumulate);
   void apply_lora(int layer, const float* x, int64_t x_stride, const Target* targets, int count, int64_t out_stride);
   void rotate_and_store(const Batch& batch, int index);
   void attend(const Batch& batch, int index);
@@ -87,7 +95,7 @@ class Core {
   int64_t hidden_stride_, ffn_stride_, q_stride_, qkv_stride_, attn_stride_, logit_stride_, kv_block_elements_;
   std::vector<float> frequencies_;
   std::vector<uint16_t*> k_cache_, v_cache_;
-  float *x_, *normed_, *qkv_, *queries_, *attn_padded_, *attn_, *gate_up_, *act_, *cos_sin_, *lora_t_, *logits_;
+  float *x_, *normed_, *error_, *qkv_, *queries_, *attn_padded_, *attn_, *gate_up_, *act_, *cos_sin_, *lora_t_, *logits_;
   ActBlock* quantized_;
   int32_t* masks_;
   int group_ = 1;
@@ -97,5 +105,17 @@ class Core {
   std::vector<SamplingState> sequences_;
   std::vector<SampleScratch> scratch_;
 };
+
+template <class F>
+void Core::for_rows(int rows, int64_t work_a_row, F&& f) {
+  // Chunks of whole activation groups, so that two threads never write the same group.
+  const int grain = std::max(group_, 1);
+  const int chunks = (rows + grain - 1) / grain;
+  if (rows * work_a_row < kInlineWork) {
+    f(0, rows);
+    return;
+  }
+  model_->team().run(chunks, [&](int chunk, int) { f(chunk * grain, std::min(rows, (chunk + 1) * grain)); });
+}
 
 }  // namespace sterna

@@ -1,0 +1,147 @@
+// The projections of a layer: quantized activations, weights by panels, the second pass where eight bits are too few,
+// and the low-rank part of the adapters.
+#include <algorithm>
+#include <stdexcept>
+
+#include "core.h"
+#include "repack.h"
+
+namespace sterna {
+namespace {
+
+// Activation bytes of one row block of a matmul: half of a 1 MiB L2, the panel and the outputs share the rest.
+constexpr int64_t kRowBlockBytes = 512 << 10;
+
+[[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
+
+}  // namespace
+
+void Core::norm_quantize(const float* weight, int rows) {
+  const ModelShape& s = model_->shape();
+  const Kernels& k = model_->kernels();
+  for_rows(rows, s.hidden * 2, [&](int begin, int end) {
+    for (int r = begin; r < end; ++r) {
+      k.rms_norm(x_ + r * hidden_stride_, weight, s.hidden, s.rms_norm_eps, normed_ + r * hidden_stride_);
+    }
+    if (s.hidden % kBlock == 0) k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, quantized_);
+  });
+}
+
+void Core::quantize(const float* x, int64_t stride, int rows, int cols) {
+  if (cols % kBlock) return;  // only float weights have such rows; they read x itself
+  for_rows(rows, cols, [&](int begin, int end) {
+    model_->kernels().quantize_rows(x, stride, begin, end, cols, group_, quantized_);
+  });
+}
+
+void Core::project(int layer, const float* x, int64_t x_stride, int rows, const Target* targets, int count,
+                   int64_t out_stride, bool accumulate) {
+  matmul_targets(x, x_stride, rows, targets, count, out_stride, accumulate);
+  if (!lora_groups_.empty()) apply_lora(layer, x, x_stride, targets, count, out_stride);
+}
+
+void Core::refine(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride) {
+  const int cols = targets[0].w->cols;
+  for (int t = 0; t < count; ++t)
+    if (is_float(targets[t].w->format)) return;  // float weights read x itself
+  const Kernels& k = model_->kernels();
+  for_rows(rows, cols * 2, [&](int begin, int end) {
+    k.rounding_error(x, x_stride, begin, end, cols, group_, quantized_, error_);
+    k.quantize_rows(error_, x_stride, begin, end, cols, group_, quantized_);
+  });
+  matmul_targets(x, x_stride, rows, targets, count, out_stride, true);
+}
+
+void Core::matmul_targets(const float* x, int64_t x_stride, int rows, const Target* targets, int count,
+                          int64_t out_stride, bool accumulate) {
+  const Kernels& k = model_->kernels();
+  int panels = 0;
+  for (int t = 0; t < count; ++t) panels += targets[t].w->panels;
+  const int cols = targets[0].w->cols;
+  // Row blocks whose activations stay in L2 while the panels stream by; whole groups only.
+  const int block_rows = std::max<int>(8, static_cast<int>(kRowBlockBytes * 2 / 3 / cols) & ~7);
+  const int row_blocks = (rows + block_rows - 1) / block_rows;
+  const int wanted = model_->team().size() * 8 / row_blocks;
+  const int grain = std::max(1, std::min(panels / std::max(wanted, 1), 16));
+  const int panel_chunks = (panels + grain - 1) / grain;
+  model_->team().run(row_blocks * panel_chunks, [&](int chunk, int) {
+    const int row_begin = chunk / panel_chunks * block_rows, row_end = std::min(rows, row_begin + block_rows);
+    int begin = chunk % panel_chunks * grain, end = std::min(panels, begin + grain);
+    for (int t = 0; t < count && end > 0; ++t) {
+      const PackedMatrix& w = *targets[t].w;
+      const int first = std::max(begin, 0), last = std::min(end, w.panels);
+      if (first < last) {
+        if (is_float(w.format)) {
+          k.matmul_float(w, x, x_stride, nullptr, row_begin, row_end, first, last, targets[t].out, out_stride, accumulate);
+        } else {
+          k.matmul(w, quantized_, group_, row_begin, row_end, first, last, targets[t].out, out_stride, accumulate);
+        }
+      }
+      begin -= w.panels;
+      end -= w.panels;
+    }
+  });
+}
+
+void Core::apply_lora(int layer, const float* x, int64_t x_stride, const Target* targets, int count, int64_t out_stride) {
+  const Kernels& k = model_->kernels();
+  const auto pair_of = [&](const LoraGroup& g, int t) -> const LoraPair& {
+    return loras_[static_cast<size_t>(g.slot)]->layers[static_cast<size_t>(layer)][static_cast<size_t>(targets[t].projection)];
+  };
+  constexpr int kRows = 32;
+  // Each task: one group's rows by 32, for one projection. First t = scale * A x, then out += B t, in one task: the
+  // low-rank part of a row is small, and no barrier is needed between the two.
+  int tasks = 0;
+  for (const auto& g : lora_groups_) tasks += (g.count + kRows - 1) / kRows * count;
+  model_->team().run(tasks, [&](int task, int) {
+    for (const auto& g : lora_groups_) {
+      const int mine = (g.count + kRows - 1) / kRows * count;
+      if (task >= mine) {
+        task -= mine;
+        continue;
+      }
+      const int t = task % count, begin = task / count * kRows, end = std::min(g.count, begin + kRows);
+      const LoraPair& p = pair_of(g, t);
+      if (!p.a.q) return;
+      const int32_t* rows = lora_rows_.data() + g.begin;
+      float* low = lora_t_ + t * 64;
+      k.matmul_float(p.a, x, x_stride, rows, begin, end, 0, p.a.panels, low, 3 * 64, false);
+      for (int i = begin; i < end; ++i) {
+        float* row = low + static_cast<int64_t>(rows[i]) * 3 * 64;
+        for (int r = 0; r < p.a.rows; ++r) row[r] *= p.scale;
+      }
+      k.matmul_float(p.b, low, 3 * 64, rows, begin, end, 0, p.b.panels, targets[t].out, out_stride, true);
+      return;
+    }
+  });
+}
+
+void Core::load_lora(int slot, int layer, const std::string& projection, const float* a, const float* b, int rank,
+                     int in_features, int out_features, float scale) {
+  const ModelShape& s = model_->shape();
+  const int p = projection_index(projection);
+  if (slot < 0 || slot >= limits_.max_loras || layer < 0 || layer >= s.num_layers || p < 0) fail("bad LoRA slot, layer or projection");
+  if (rank < 1 || rank > 64) fail("LoRA rank " + std::to_string(rank) + " is not between 1 and 64");
+  if (projection_size(s, p) != std::pair{out_features, in_features}) fail("LoRA shape does not fit " + projection);
+  auto& lora = loras_[static_cast<size_t>(slot)];
+  if (!lora) {
+    lora = std::make_unique<Lora>();
+    lora->layers.resize(static_cast<size_t>(s.num_layers));
+  }
+  LoraPair& pair = lora->layers[static_cast<size_t>(layer)][static_cast<size_t>(p)];
+  const auto pack = [&](const float* data, int rows, int cols) {
+    const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float);
+    return Model::pack(lora->arena, model_->team(), static_cast<int>(GgmlType::F32),
+                       reinterpret_cast<const uint8_t*>(data), bytes, rows, cols, nullptr);
+  };
+  pair.a = pack(a, rank, in_features);
+  pair.b = pack(b, out_features, rank);
+  pair.scale = scale;
+}
+
+void Core::clear_lora(int slot) {
+  if (slot < 0 || slot >= limits_.max_loras) fail("LoRA slot out of range");
+  loras_[static_cast<size_t>(slot)].reset();
+}
+
+}  // namespace sterna
