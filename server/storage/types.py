@@ -41,34 +41,38 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class CompressedJson(TypeDecorator[Any]):
-    """Any JSON value; None is NULL."""
+    """Any JSON value; None is NULL, bytes come from `pack_json` already."""
 
     impl = LargeBinary
     cache_ok = True
 
     def process_bind_param(self, value: Any, dialect: Dialect) -> bytes | None:
-        if value is None:
-            return None
-        text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-        return zlib.compress(text.encode("ascii"), _ZLIB_LEVEL)
+        return value if value is None or isinstance(value, bytes) else pack_json(value)
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> Any:
         return None if value is None else json.loads(zlib.decompress(value))
 
 
 class TokenIds(TypeDecorator[Sequence[int]]):
-    """Token ids as compressed little-endian uint32; None is NULL."""
+    """Token ids as compressed little-endian uint32; None is NULL, bytes come from `pack_token_ids` already."""
 
     impl = LargeBinary
     cache_ok = True
 
-    def process_bind_param(self, value: Sequence[int] | None, dialect: Dialect) -> bytes | None:
-        if value is None:
-            return None
-        return zlib.compress(np.asarray(value, dtype="<u4").tobytes(), _ZLIB_LEVEL)
+    def process_bind_param(self, value: Sequence[int] | bytes | None, dialect: Dialect) -> bytes | None:
+        return value if value is None or isinstance(value, bytes) else pack_token_ids(value)
 
     def process_result_value(self, value: bytes | None, dialect: Dialect) -> list[int] | None:
         if value is None:
             return None
         ids: list[int] = np.frombuffer(zlib.decompress(value), dtype="<u4").tolist()
         return ids
+
+
+def pack_json(value: Any) -> bytes:
+    """Packing by hand, where it must not happen inside a transaction or its size matters."""
+    return zlib.compress(json.dumps(value, separators=(",", ":"), allow_nan=False).encode("ascii"), _ZLIB_LEVEL)
+
+
+def pack_token_ids(value: Sequence[int]) -> bytes:
+    return zlib.compress(np.asarray(value, dtype="<u4").tobytes(), _ZLIB_LEVEL)

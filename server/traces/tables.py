@@ -12,7 +12,7 @@ from server.storage.metadata import metadata
 from server.storage.types import CompressedJson, SequenceNumber, TokenIds, UtcDateTime
 
 MAX_NAME_LENGTH = 256
-"""Of ids and names that clients choose (user, session, episode); longer ones are cut, see `writer.short`."""
+"""Of ids and names that clients choose (user, session, episode); longer ones are cut, see text.py."""
 
 episodes = Table(
     "episodes",
@@ -103,7 +103,6 @@ episode_anchors = Table(
     metadata,
     Column("digest", LargeBinary, primary_key=True),
     _trace_key(primary=True),
-    Column("context", LargeBinary),  # NULL: a tool call id, which proves itself
     Index("ix_episode_anchors_trace_seq", "trace_seq"),
     sqlite_with_rowid=False,
 )
@@ -119,6 +118,8 @@ tool_calls = Table(
     Column("outcome", String(8)),  # NULL: no result was ever sent back
     Column("result_trace_seq", SequenceNumber),
 )
+_IS_ERROR = text("outcome = 'error'")
+Index("ix_tool_calls_errors", tool_calls.c.trace_seq, sqlite_where=_IS_ERROR, postgresql_where=_IS_ERROR)
 
 feedback = Table(
     "feedback",

@@ -132,7 +132,6 @@ def _episode_anchors() -> None:
         "episode_anchors",
         sa.Column("digest", sa.LargeBinary(), nullable=False),
         sa.Column("trace_seq", SequenceNumber, autoincrement=False, nullable=False),
-        sa.Column("context", sa.LargeBinary()),
         sa.ForeignKeyConstraint(["trace_seq"], ["traces.seq"], name="fk_episode_anchors_trace_seq", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("digest", "trace_seq", name="pk_episode_anchors"),
         sqlite_with_rowid=False,
@@ -153,6 +152,7 @@ def _tool_calls() -> None:
         sa.PrimaryKeyConstraint("trace_seq", "position", name="pk_tool_calls"),
     )
     op.create_index("ix_tool_calls_call_id", "tool_calls", ["call_id"])
+    op.create_index("ix_tool_calls_errors", "tool_calls", ["trace_seq"], **where("outcome = 'error'"))
 
 
 def _feedback() -> None:

@@ -1,4 +1,4 @@
-"""The adapter registry: adapters, their versions, and every change."""
+"""The adapter registry: adapters, their versions, every change, and imports under way."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -86,3 +86,9 @@ def upgrade() -> None:
         ),
     )
     op.create_index("ix_adapter_changes_adapter_number", "adapter_changes", ["adapter", "number"])
+    op.create_table(
+        "adapter_imports",
+        sa.Column("directory", sa.String(160), nullable=False),
+        sa.Column("started_at", UtcDateTime, nullable=False),
+        sa.PrimaryKeyConstraint("directory", name="pk_adapter_imports"),
+    )
