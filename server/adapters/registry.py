@@ -8,9 +8,10 @@ Synchronous: call it from a thread. Not here: the files (store.py), who decides,
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, delete, func, insert, select, union
 from sqlalchemy.exc import IntegrityError
 
 from server.adapters.checks import cause_of, check_deletable, check_not_deleted, check_share
@@ -18,7 +19,7 @@ from server.adapters.edit import Edit
 from server.adapters.errors import AdapterConflictError, AdapterStateError
 from server.adapters.rows import change_of, read_adapter, read_adapters, version_of
 from server.adapters.states import Action, State, target_state
-from server.adapters.tables import changes, versions
+from server.adapters.tables import changes, imports, versions
 from server.adapters.version import Adapter, Change, NewVersion, Version, VersionRef, check_adapter_name
 from server.errors import AdapterError
 from server.storage.clock import Clock, utc_now
@@ -71,43 +72,50 @@ class Registry:
         with self._database.read() as connection:
             return [change_of(row) for row in connection.execute(query)]
 
-    # -- versions -----------------------------------------------------------------------------------------------------
+    # -- imports ------------------------------------------------------------------------------------------------------
+
+    def begin_import(self, directory: str) -> None:
+        """Claim a directory of the store, before any file is there."""
+        with self._locked() as connection:
+            connection.execute(insert(imports).values(directory=directory, started_at=self._clock()))
 
     def add_version(self, new: NewVersion, *, asked_by: str, reason: str) -> tuple[Version, bool]:
-        """Number a version whose files are in place, as a candidate.
+        """Number a version whose files are in its claimed directory, as a candidate.
 
-        The same content again is the version that it already is (and False): an import can be repeated safely.
+        The same content again is the version that it already is (and False): its own directory is no longer claimed.
         """
         check_adapter_name(new.adapter)
-        with self._database.write(lock=LOCK) as connection:
-            return self.add_version_in(connection, new, asked_by=asked_by, reason=reason)
+        cause = cause_of(asked_by, reason)
+        with self._locked() as connection:
+            found = read_adapters(connection, [new.adapter])
+            versions_now = found[0].versions.values() if found else ()
+            same = _same_content(versions_now, new.digest, new.base_digest)
+            if same is not None:
+                return same, False
+            if not connection.execute(delete(imports).where(imports.c.directory == new.directory)).rowcount:
+                raise AdapterConflictError(
+                    f"the import of {new.directory} was given up and its files removed; try again"
+                )
+            ref = VersionRef(new.adapter, 1 + max((version.ref.number for version in versions_now), default=0))
+            Edit(connection, *cause, self._clock()).add(ref, new, is_first=not found)
+            return version_of(read_adapter(connection, new.adapter), ref), True
 
-    def add_version_in(
-        self, connection: Connection, new: NewVersion, *, asked_by: str, reason: str
-    ) -> tuple[Version, bool]:
-        """`add_version` inside a transaction of `locked`."""
-        found = read_adapters(connection, [new.adapter])
-        known = found[0].versions.values() if found else ()
-        for version in known:
-            if version.digest == new.digest and not version.is_deleted:
-                if version.base_digest != new.base_digest:
-                    raise AdapterError(f"{version.ref} is the same content for another base, {version.base_digest}")
-                return version, False
-        edit = Edit(connection, *cause_of(asked_by, reason), self._clock())
-        ref = VersionRef(new.adapter, 1 + max((version.ref.number for version in known), default=0))
-        edit.add(ref, new, is_first=not found)
-        return version_of(read_adapter(connection, new.adapter), ref), True
+    def find_content(self, name: str, digest: str, base_digest: str) -> Version | None:
+        """The version with this content, if it is there. Raises AdapterError when it is there for another base."""
+        with self._database.read() as connection:
+            found = read_adapters(connection, [name])
+        return _same_content(found[0].versions.values(), digest, base_digest) if found else None
 
-    @contextmanager
-    def locked(self) -> Iterator[Connection]:
-        """A transaction during which no other server changes the registry."""
-        with self._database.write(lock=LOCK) as connection:
-            yield connection
+    def end_imports(self, *, started_before: datetime) -> None:
+        """Give up older imports as those of processes that died. One that lives fails after all and can be repeated."""
+        with self._locked() as connection:
+            connection.execute(delete(imports).where(imports.c.started_at < started_before))
 
-    def directories_in(self, connection: Connection) -> frozenset[str]:
-        """Every directory that a version still needs."""
-        query = select(versions.c.directory).where(versions.c.is_deleted.is_(False))
-        return frozenset(connection.scalars(query))
+    def directories(self) -> frozenset[str]:
+        """Every directory that a version or an import needs."""
+        kept = select(versions.c.directory).where(versions.c.is_deleted.is_(False))
+        with self._database.read() as connection:
+            return frozenset(connection.scalars(union(kept, select(imports.c.directory))))
 
     # -- states -------------------------------------------------------------------------------------------------------
 
@@ -211,13 +219,17 @@ class Registry:
                 edit.note(version, Action.DELETE, is_deleted=True)
         return self.version(ref)
 
+    def _locked(self) -> AbstractContextManager[Connection]:
+        """A transaction during which nobody else changes the registry."""
+        return self._database.write(lock="adapters")
+
     @contextmanager
     def _edit(
         self, name: str, asked_by: str, reason: str, expected_change: int | None
     ) -> Iterator[tuple[Edit, Adapter]]:
         cause = cause_of(asked_by, reason)
         try:
-            with self.locked() as connection:
+            with self._locked() as connection:
                 adapter = read_adapter(connection, name)
                 if expected_change is not None and adapter.change != expected_change:
                     raise AdapterConflictError(
@@ -227,3 +239,12 @@ class Registry:
                 yield Edit(connection, *cause, self._clock()), adapter
         except IntegrityError as error:  # the constraints are the last word, whatever this module thinks
             raise AdapterConflictError(f"{name} was changed by somebody else at the same moment") from error
+
+
+def _same_content(known: Iterable[Version], digest: str, base_digest: str) -> Version | None:
+    for version in known:
+        if version.digest == digest and not version.is_deleted:
+            if version.base_digest != base_digest:
+                raise AdapterError(f"{version.ref} is the same content for another base, {version.base_digest}")
+            return version
+    return None

@@ -97,3 +97,11 @@ changes = Table(
     ForeignKeyConstraint(["adapter", "version"], ["adapter_versions.adapter", "adapter_versions.number"]),
     Index("ix_adapter_changes_adapter_number", "adapter", "number"),
 )
+
+imports = Table(
+    "adapter_imports",
+    metadata,
+    # Claimed before any file appears there, so that a directory without a row here or above is garbage for certain.
+    Column("directory", String(160), primary_key=True),
+    Column("started_at", UtcDateTime, nullable=False),
+)

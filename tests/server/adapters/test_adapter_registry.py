@@ -17,7 +17,7 @@ from server.adapters.tables import versions
 from server.adapters.version import VersionRef
 from server.errors import AdapterError, InvalidRequestError
 from server.storage.database import Database, open_database
-from tests.server.adapters.make import BASE, WHO, add, digest_of, new, put_live
+from tests.server.adapters.make import BASE, WHO, add, digest_of, new, put, put_live
 
 V1, V2, V3 = (VersionRef("tools", number) for number in (1, 2, 3))
 
@@ -34,11 +34,12 @@ def three(registry: Registry) -> None:
 def test_an_import_is_a_candidate_with_all_that_is_known_of_it(registry: Registry) -> None:
     assert registry.latest_change() == 0
     assert registry.adapters() == []
-    version, is_new = registry.add_version(new(parent="tools@9", origin="peft-dir"), **WHO)
+    version, is_new = put(registry, new(parent="tools@9", origin="peft-dir"))
     assert is_new
     assert (version.ref, version.state, version.digest, version.base_digest) == (V1, "candidate", digest_of("1"), BASE)
     assert (version.rank, version.size_bytes, version.memory_bytes) == (4, 1000, 2000)
-    assert (version.origin, version.parent, version.directory) == ("peft-dir", "tools@9", new().directory)
+    assert (version.origin, version.parent, version.directory) == ("peft-dir", "tools@9", version.directory)
+    assert version.directory.startswith(new().directory)
     assert version.created_at.tzinfo is not None
     assert (version.is_pinned, version.is_deleted, version.predecessor) == (False, False, None)
     assert registry.version(V1) == version
@@ -51,9 +52,9 @@ def test_an_import_is_a_candidate_with_all_that_is_known_of_it(registry: Registr
 
 
 def test_the_same_content_is_the_same_version(registry: Registry) -> None:
-    first, _ = registry.add_version(new(), **WHO)
+    first, _ = put(registry, new())
     put_live(registry, first.ref)
-    again, is_new = registry.add_version(new(), **WHO)
+    again, is_new = put(registry, new())
     assert (again.ref, again.state, is_new) == (V1, "live", False)
     assert len(registry.history("tools")) == 2
     assert add(registry, "other") == VersionRef("other", 1)
@@ -201,6 +202,22 @@ def test_who_decided_on_an_older_state_loses(registry: Registry) -> None:
     registry.promote(V2, override=True, expected_change=4, **WHO)
 
 
+def test_an_import_is_claimed_finished_or_given_up(registry: Registry) -> None:
+    with pytest.raises(AdapterConflictError, match="given up"):
+        registry.add_version(new(), **WHO)
+    registry.begin_import("tools/a")
+    registry.begin_import("tools/b")
+    assert registry.directories() == {"tools/a", "tools/b"}
+    registry.add_version(new(directory="tools/a"), **WHO)
+    registry.end_imports(started_before=datetime.now(UTC) + timedelta(seconds=1))
+    assert registry.directories() == {"tools/a"}
+    with pytest.raises(AdapterConflictError, match="given up"):
+        registry.add_version(new(content="2", directory="tools/b"), **WHO)
+    registry.reject(V1, **WHO)
+    registry.mark_deleted(V1, **WHO)
+    assert registry.directories() == set()
+
+
 def in_parallel(*acts: Callable[[], Any]) -> list[Any]:
     """Results or exceptions, in order; all start together."""
     barrier = threading.Barrier(len(acts))
@@ -238,7 +255,7 @@ def test_servers_that_race_have_one_winner(database_url: str) -> None:
 
 def test_imports_that_race_are_one_version(database_url: str) -> None:
     databases = [open_database(database_url) for _ in range(3)]
-    acts = [lambda one=one: Registry(one).add_version(new(), **WHO) for one in databases]
+    acts = [lambda one=one: put(Registry(one), new()) for one in databases]
     results = in_parallel(*acts)
     assert [version.ref for version, _ in results] == [V1] * 3
     assert sum(is_new for _, is_new in results) == 1
