@@ -14,9 +14,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from sqlalchemy import Row, insert, select, update
+from sqlalchemy import insert, select, update
 
 from server.errors import InvalidRequestError, SternaError
 from server.keys.tables import api_keys
@@ -198,5 +198,5 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _key(row: Row[tuple[object, ...]]) -> ApiKey:
+def _key(row: Any) -> ApiKey:
     return ApiKey(row.id, row.name, frozenset(row.scopes.split(",")), row.trace_policy, row.created_at, row.revoked_at)

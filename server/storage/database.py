@@ -9,6 +9,7 @@ stay SQLAlchemy's IntegrityError. Synchronous: call it from a thread, never from
 """
 
 import hashlib
+import logging
 import secrets
 import sqlite3
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ from server.storage.metadata import secrets_table
 from server.storage.migrate import migrate
 from server.storage.postgres import open_postgres
 from server.storage.sqlite import file_identity, open_sqlite, opened_file
+
+logger = logging.getLogger(__name__)
 
 Dialect = Literal["sqlite", "postgresql"]
 
@@ -89,6 +92,30 @@ class Database:
     def is_file_in_place(self) -> bool:
         """False when the SQLite file is gone. Cheap (one stat); PostgreSQL: always True."""
         return self._path is None or file_identity(self._path) is not None
+
+    def tidy(self) -> None:
+        """After deletions: frees space, empties the write-ahead log, refreshes the planner's statistics.
+
+        SQLite only; PostgreSQL's autovacuum does all that. Waits for nobody: what is in use is left for next time.
+        """
+        if self._path is None:
+            return
+        with self._faults_named():
+            connection = self.engine.raw_connection()
+            try:
+                cursor = connection.cursor()
+                for pragma in (
+                    "analysis_limit=1000",
+                    "optimize",
+                    "incremental_vacuum(10000)",
+                    "wal_checkpoint(TRUNCATE)",
+                ):
+                    cursor.execute(f"PRAGMA {pragma}")
+                    cursor.fetchall()
+            except sqlite3.OperationalError as error:
+                logger.info("the database was not tidied: %s", error)
+            finally:
+                connection.close()
 
     def close(self) -> None:
         self.engine.dispose()

@@ -1,8 +1,9 @@
 """What a conversation shows of its past: digests by which a later request is known as the continuation of a trace.
 
-An *anchor* is the digest of one of three things: a tool call id that we made up (unique in the world, so a proof); an assistant turn (its text and calls) in its *context*, everything before it but system messages, which agents rewrite
-at every turn (the date, retrieved notes): a proof too; and the turn alone, for histories that were trimmed or edited:
-a hint, and only when the turn is long enough not to be a common phrase.
+An *anchor* is the digest of one of three things: a tool call id that we made up (unique in the world, so a proof); an
+assistant turn (its text and calls) in its *context*, everything before it but system messages, which agents rewrite at
+every turn (the date, retrieved notes): a proof too; and the turn alone, for histories that were trimmed or edited: a
+hint, and only when the turn is long enough not to be a common phrase.
 
 Digests cover the API key, so that keys never meet. White space, the order of JSON arguments, reasoning and call ids do
 not count in a turn: clients do not keep them. Not here: looking anchors up (episodes.py).

@@ -39,7 +39,7 @@ def ensure_episodes(connection: Connection, records: Sequence[TraceRecord], draw
 
 def _roots(connection: Connection, ids: Iterable[str]) -> dict[str, int]:
     query = select(episodes.c.id, func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(episodes.c.id.in_(ids))
-    return dict(connection.execute(query).tuples())
+    return {row[0]: row[1] for row in connection.execute(query)}
 
 
 def _insert(connection: Connection, firsts: Sequence[TraceRecord], draw: SideDraw) -> dict[str, int]:
@@ -58,7 +58,7 @@ def _insert(connection: Connection, firsts: Sequence[TraceRecord], draw: SideDra
         for record in firsts
     ]
     returned = connection.execute(insert(episodes).returning(episodes.c.id, episodes.c.seq), rows)
-    return dict(returned.tuples())
+    return {row[0]: row[1] for row in returned}
 
 
 def _known_sides(connection: Connection, groups: Iterable[bytes]) -> dict[bytes, Side]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, func, select, update
 
 from server.errors import InvalidRequestError
 from server.openai.protocol.messages import AssistantMessage
@@ -193,7 +193,7 @@ def _check(target: Target, given: Feedback, where: str) -> None:
             raise refuse(f"'{param}' has 1 to {limit} characters, not {len(text)}", param)
 
 
-def _stored(row: Row[Any]) -> StoredFeedback:
+def _stored(row: Any) -> StoredFeedback:
     given = Feedback(
         source=row.source, score=row.score, correction=row.correction, label=row.label, comment=row.comment
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Row, Select, and_, case, func, select, text
+from sqlalchemy import Boolean, ColumnElement, and_, case, func, literal_column, select
 
 from server.errors import InvalidRequestError
 from server.storage.database import Database
@@ -111,7 +111,7 @@ class FullTrace:
     feedback: list[StoredFeedback]
 
 
-_SUMMARY = [
+_SUMMARY: list[Any] = [
     {"episode_id": episodes.c.id.label("episode_id"), "side": episodes.c.side}.get(field.name, traces.c.get(field.name))
     for field in fields(TraceSummary)
 ]
@@ -171,7 +171,7 @@ class TraceQueries:
         )
         with self._database.read() as connection:
 
-            def counted(query: Select[Any]) -> dict[str, int]:
+            def counted(query: Any) -> dict[str, int]:
                 return {str(name): number for name, number in connection.execute(query)}
 
             def by(column: ColumnElement[Any]) -> dict[str, int]:
@@ -207,17 +207,17 @@ def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
         if value is not None:
             found.append(traces.c[name] == value)
     if where.user_id is not None:
-        found.append(text("traces.user_id IS NOT NULL"))
+        found.append(_literal("traces.user_id IS NOT NULL"))
     if where.status not in (None, "ok"):
-        found.append(text("traces.status <> 'ok'"))
+        found.append(_literal("traces.status <> 'ok'"))
     if where.purpose not in (None, "user"):
-        found.append(text("traces.purpose <> 'user'"))
+        found.append(_literal("traces.purpose <> 'user'"))
     for name in ("has_tool_calls", "has_feedback", "is_audit"):
         value = getattr(where, name)
         if value is not None:
-            found.append(text(f"traces.{name}" if value else f"NOT traces.{name}"))
+            found.append(_literal(f"traces.{name}" if value else f"NOT traces.{name}"))
     if where.has_tool_error is not None:
-        failed = traces.c.seq.in_(select(tool_calls.c.trace_seq).where(text("tool_calls.outcome = 'error'")))
+        failed = traces.c.seq.in_(select(tool_calls.c.trace_seq).where(_literal("tool_calls.outcome = 'error'")))
         found.append(failed if where.has_tool_error else ~failed)
     if where.since is not None:
         found.append(traces.c.created_at >= where.since)
@@ -231,7 +231,12 @@ def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
     return found
 
 
-def full_trace(row: Row[Any], outcomes: list[ToolCallOutcome], given: list[StoredFeedback]) -> FullTrace:
+def _literal(condition: str) -> ColumnElement[bool]:
+    """A condition of a partial index, word for word."""
+    return literal_column(condition, Boolean)
+
+
+def full_trace(row: Any, outcomes: list[ToolCallOutcome], given: list[StoredFeedback]) -> FullTrace:
     """`row`: the summary's columns and those of `trace_contents`."""
     return FullTrace(
         _summary(row),
@@ -257,5 +262,5 @@ def _by_choice(answers: list[dict[str, Any]], token_ids: list[int] | None) -> li
     return lists
 
 
-def _summary(row: Row[Any]) -> TraceSummary:
+def _summary(row: Any) -> TraceSummary:
     return TraceSummary(*row[: len(_SUMMARY)])

@@ -91,7 +91,7 @@ class TraceStore:
         roots = ensure_episodes(connection, [one.record for one in prepared], self._draw)
         rows = [one.row | {"episode_seq": roots[one.record.episode.id]} for one in prepared]
         statement = insert(traces).returning(traces.c.id, traces.c.seq, sort_by_parameter_order=True)
-        seqs: dict[str, int] = dict(connection.execute(statement, rows).tuples())
+        seqs: dict[str, int] = {row[0]: row[1] for row in connection.execute(statement, rows)}
         by_seq = [(seqs[one.record.id], one) for one in prepared]
         connection.execute(insert(trace_contents), [{"trace_seq": seq} | one.contents for seq, one in by_seq])
         anchors = [{"trace_seq": seq, "digest": digest} for seq, one in by_seq for digest in one.anchors]
@@ -215,6 +215,7 @@ def _join_results(connection: Connection, record: TraceRecord, seq: int) -> list
             tool_calls.c.call_id.in_(is_error),
             tool_calls.c.outcome.is_(None),
             traces.c.key_id == record.key_id,
+            traces.c.endpoint == "chat",  # imported histories have ids that somebody else made up
         )
     )
     open_calls = connection.execute(query).all()

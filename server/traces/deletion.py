@@ -1,0 +1,74 @@
+"""Deletes traces: by user, key, episode, age, or whatever else the filter can say.
+
+Content, feedback, anchors and tool calls go; an episode goes with its last trace. What stays is a tombstone: id, time
+and reason, so that snapshots leave the trace out and the versions that were trained on it can be listed. In batches, so
+that the log never waits long; on SQLite the freed pages are overwritten (secure_delete).
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+from sqlalchemy import ColumnElement, delete, exists, func, insert, select
+
+from server.errors import InvalidRequestError
+from server.storage.clock import Clock, utc_now
+from server.storage.database import Database
+from server.traces.queries import TraceFilter, conditions
+from server.traces.store import LOCK
+from server.traces.tables import episodes, trace_tombstones, traces
+from server.traces.viewer import Viewer
+
+Reason = Literal["requested", "age", "size"]
+BATCH = 200
+"""Traces a transaction deletes: a few tens of milliseconds, which the next commit waits for at most."""
+
+
+class TraceDeletion:
+    """Synchronous: call it from a thread."""
+
+    def __init__(self, database: Database, *, clock: Clock = utc_now) -> None:
+        self._database = database
+        self._clock = clock
+
+    def delete(self, viewer: Viewer, where: TraceFilter) -> list[str]:
+        """The ids of what was deleted: all that matched when it began. An empty filter is refused."""
+        if where.is_empty:
+            raise InvalidRequestError("say which traces to delete: a user, a key, an episode, an age or another filter")
+        deleted = self.delete_where(conditions(viewer, where), "requested")
+        self._database.tidy()
+        return deleted
+
+    def delete_where(
+        self, matching: list[ColumnElement[bool]], reason: Reason, *, limit: int | None = None
+    ) -> list[str]:
+        """Oldest first, at most `limit`."""
+        with self._database.read() as connection:
+            last = connection.scalar(select(func.max(traces.c.seq))) or 0
+        deleted: list[str] = []
+        while limit is None or len(deleted) < limit:
+            size = BATCH if limit is None else min(BATCH, limit - len(deleted))
+            batch = self._delete_batch([*matching, traces.c.seq <= last], reason, size)
+            deleted += batch
+            if len(batch) < size:
+                break
+        return deleted
+
+    def deleted_among(self, ids: Iterable[str]) -> set[str]:
+        """Which of these trace ids were deleted."""
+        with self._database.read() as connection:
+            return set(connection.scalars(select(trace_tombstones.c.id).where(trace_tombstones.c.id.in_(ids))))
+
+    def _delete_batch(self, matching: list[ColumnElement[bool]], reason: Reason, size: int) -> list[str]:
+        query = select(traces.c.seq, traces.c.id, traces.c.episode_seq).where(*matching).order_by(traces.c.seq)
+        with self._database.write(lock=LOCK) as connection:
+            rows = connection.execute(query.limit(size)).all()
+            if not rows:
+                return []
+            now = self._clock()
+            stones = [{"seq": row.seq, "id": row.id, "deleted_at": now, "reason": reason} for row in rows]
+            connection.execute(insert(trace_tombstones), stones)
+            connection.execute(delete(traces).where(traces.c.seq.in_([row.seq for row in rows])))  # the rest cascades
+            is_left = exists().where(traces.c.episode_seq == episodes.c.seq)
+            touched = episodes.c.seq.in_({row.episode_seq for row in rows})
+            connection.execute(delete(episodes).where(touched, ~is_left))
+        return [row.id for row in rows]
