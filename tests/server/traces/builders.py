@@ -45,10 +45,10 @@ def tool(name: str) -> dict[str, Any]:
 
 
 def make_record(
-    messages: Sequence[Message] = (user("hello"),), answer: Message | None = None, **changes: Any
+    messages: Sequence[Message] | None = (user("hello"),), answer: Message | None = None, **changes: Any
 ) -> TraceRecord:
     """A chat trace in an episode of its own."""
-    conversation = read_conversation(changes.get("key_id", ""), messages, changes.get("tools"))
+    conversation = read_conversation(changes.get("key_id", ""), messages or (), changes.get("tools"))
     episode = EpisodeRef("ep-" + uuid.uuid4().hex, conversation.group, conversation.context)
     record = TraceRecord(
         id=new_trace_id(),
