@@ -21,7 +21,7 @@ NUM_EPISODES = 4000
 
 
 def table(**routes: Any) -> RoutingTable:
-    one = AdapterRoutes("tools", versions={n: v for n, v in enumerate((V1, V2, V3), 1)}, **routes)
+    one = AdapterRoutes("tools", versions=dict(enumerate((V1, V2, V3), 1)), **routes)
     return RoutingTable(frozenset({"base", "base-alias"}), KEY).with_routes([one])
 
 
@@ -51,8 +51,31 @@ def test_base_live_and_pinned() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "other", "tools@4", "tools@0", "tools@01", "tools@-1", "tools@", "tools@1@1", "@1", "tools@latest", "TOOLS"]
-    + ["tools@1.0", "tools@99999999999", "/etc/passwd", "../tools@1", "tools@1/../2", "tools@١", "base@1", "tools\n"],
+    [
+        *(
+            "",
+            "other",
+            "tools@4",
+            "tools@0",
+            "tools@01",
+            "tools@-1",
+            "tools@",
+            "tools@1@1",
+            "@1",
+            "tools@latest",
+            "TOOLS",
+        ),
+        *(
+            "tools@1.0",
+            "tools@99999999999",
+            "/etc/passwd",
+            "../tools@1",
+            "tools@1/../2",
+            "tools@١",
+            "base@1",
+            "tools\n",
+        ),
+    ],
 )
 def test_names_that_lead_nowhere(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match="does not exist; this server has '"):
