@@ -49,12 +49,12 @@ def create_app(open_runtime: OpenRuntime, *, on_failure: Callable[[Exception], N
     metrics = Metrics()
     service = Service(metrics)
 
-    async def hold_runtime(stop: asyncio.Event) -> None:
+    async def hold_runtime() -> None:
         try:
             async with open_runtime(metrics) as runtime:
                 metrics.watch_engine(runtime.engine_stats)
                 service.open(runtime.backend, *runtime.models)
-                await stop.wait()
+                await service.closing.wait()
                 service.refuse("it is shutting down")
         except Exception as error:  # the top of the loading task: whatever it is, it must be heard of
             service.refuse(f"the model could not be loaded: {error}")
@@ -65,12 +65,11 @@ def create_app(open_runtime: OpenRuntime, *, on_failure: Callable[[Exception], N
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        stop = asyncio.Event()
-        holder = asyncio.create_task(hold_runtime(stop))
+        holder = asyncio.create_task(hold_runtime())
         try:
             yield
         finally:
-            stop.set()
+            service.closing.set()
             await holder
 
     app = FastAPI(title="Sterna", version=_version(), lifespan=lifespan, docs_url="/docs", redoc_url=None)

@@ -51,7 +51,7 @@ class Settings(BaseModel):
     chat_template: Path | None = Field(None, description="a Jinja file that replaces the model's chat template")
     host: Annotated[str, Field(min_length=1)] = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="port to listen on; 0 picks a free one")
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+    threads: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="threads that compute [the physical cores this process may use]"
     )
     isa: Literal["auto", "avx512", "avx2", "scalar"] = Field("auto", description="instruction set of the kernels")

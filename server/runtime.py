@@ -93,7 +93,7 @@ def _load(settings: Settings) -> _Loaded:
         max_model_len=settings.max_model_len,
         available_bytes=max(available_memory_bytes() - _weight_bytes(file), 0),
     )
-    tokenizer = build_tokenizer(file.tokenizer, file.config.vocab_size)
+    tokenizer = _tokenizer(file)
     core = load_core(
         file,
         isa=settings.isa,
@@ -111,6 +111,13 @@ def _load(settings: Settings) -> _Loaded:
         enable_prefix_caching=settings.enable_prefix_caching,
     )
     return _Loaded(model, file, tokenizer, _planner(settings, tokenizer, core.mask_words), budget, engine)
+
+
+def _tokenizer(file: ModelFile) -> Tokenizer:
+    try:
+        return build_tokenizer(file.tokenizer, file.config.vocab_size)
+    except ConfigError as error:
+        raise ConfigError(f"{file.path}: {error}") from None
 
 
 def _check_digest(model: ResolvedModel, file: ModelFile) -> None:

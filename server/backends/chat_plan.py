@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from server.backends.sampling import refuse_hopeless
 from server.engine.params import Grammar
 from server.errors import InvalidRequestError
 from server.openai.protocol.chat import ChatRequest
@@ -22,7 +23,7 @@ from server.tools.hermes import fold_tools
 from server.tools.reasoning import CLOSE, OPEN, opens_reasoning
 
 HEAVY_TEXT = 8192
-"""Characters of messages from which rendering and tokenizing take about a millisecond and go to a thread."""
+"""Characters of a request from which rendering and tokenizing take about a millisecond and go to a thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,9 @@ class ChatPlanner:
         ids = (tokenizer.token_to_id(text) for text in (OPEN, CLOSE))
         self._thinks_in_specials = any(i is not None and tokenizer.is_special(i) for i in ids)
 
-    def plan(self, request: ChatRequest) -> ChatPlan:
-        """Raises InvalidRequestError for messages the template refuses and schemas that cannot be enforced."""
+    def plan(self, request: ChatRequest, *, max_model_len: int) -> ChatPlan:
+        """Raises InvalidRequestError for messages that the template refuses or that cannot fit `max_model_len` tokens,
+        and for schemas that cannot be enforced."""
         tools = [] if request.tool_choice == "none" else _plain_tools(request.tools)
         kwargs = dict(request.chat_template_kwargs or {})
         if request.reasoning_effort is not None:
@@ -69,6 +71,7 @@ class ChatPlanner:
             prompts=request.add_generation_prompt,
             kwargs=kwargs,
         )
+        refuse_hopeless(rendered, self._tokenizer, max_model_len, param="messages")
         is_thinking = opens_reasoning(rendered)
         grammar = self._grammar(request, tools, after_reasoning=is_thinking)
         return ChatPlan(
@@ -99,11 +102,8 @@ class ChatPlanner:
         """Whether planning may take longer than other streams should wait."""
         if isinstance(request, ChatRequest) and _may_constrain(request):
             return True
-        messages = request.messages or []
-        length = sum(_length(message.content) for message in messages)
-        if isinstance(request, TokenizeRequest):
-            length += len(request.prompt or "")
-        return length > HEAVY_TEXT
+        # All of it counts: tools, their schemas and the arguments of earlier calls are rendered and tokenized too.
+        return len(request.model_dump_json(exclude_none=True)) > HEAVY_TEXT
 
     def _render(
         self,
@@ -176,9 +176,3 @@ def _may_constrain(request: ChatRequest) -> bool:
         return True
     forces = request.tool_choice == "required" or isinstance(request.tool_choice, NamedToolChoice)
     return forces or any(tool.function.strict for tool in request.tools or [])
-
-
-def _length(content: Any) -> int:
-    if content is None or isinstance(content, str):
-        return len(content or "")
-    return sum(len(part.text if part.type == "text" else part.refusal) for part in content)

@@ -91,7 +91,10 @@ class NativeBackend:
         self._check_version(version)
         arrival = time.perf_counter()
         sampling.check_token_ids(request, self._tokenizer.vocab_size)
-        plan = await self._off_loop(lambda: self._planner.plan(request), is_long=self._planner.is_heavy(request))
+        plan = await self._off_loop(
+            lambda: self._planner.plan(request, max_model_len=self._max_model_len),
+            is_long=self._planner.is_heavy(request),
+        )
         limit = sampling.fit_context(len(plan.token_ids), request.token_limit, self._max_model_len, param="messages")
         num_choices = request.n or 1
         self._check_count(num_choices)
@@ -181,6 +184,7 @@ class NativeBackend:
     def _prompt(self, request: CompletionRequest, index: int, prompt: str | list[int]) -> _Prompt:
         param = f"prompt[{index}]" if request.has_many_prompts else "prompt"
         if isinstance(prompt, str):
+            sampling.refuse_hopeless(prompt, self._tokenizer, self._max_model_len, param="prompt")
             token_ids = self._tokenizer.encode(prompt, add_special=True, parse_special=True)
             if not token_ids:
                 raise InvalidRequestError("The prompt must not be empty.", param=param, code="empty_string")

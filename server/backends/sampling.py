@@ -7,9 +7,21 @@ from server.errors import InvalidRequestError
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.common import SamplingFields
 from server.openai.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
+from server.text.tokenizer import Tokenizer
 
 SMALLEST_TOP_P = 1e-9
 """`top_p` 0 keeps the most likely token, as at OpenAI; the engine wants a positive number."""
+
+
+def refuse_hopeless(text: str, tokenizer: Tokenizer, max_model_len: int, *, param: str) -> None:
+    """A text that cannot fit, before the seconds that tokenizing its megabytes would take."""
+    if tokenizer.fewest_tokens(text) >= max_model_len:
+        raise InvalidRequestError(
+            f"This model's maximum context length is {max_model_len} tokens, but the {param} alone "
+            f"{'have' if param == 'messages' else 'has'} {len(text)} characters. Shorten the {param}.",
+            param=param,
+            code="context_length_exceeded",
+        )
 
 
 def fit_context(prompt_length: int, max_tokens: int | None, max_model_len: int, *, param: str) -> int:

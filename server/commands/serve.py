@@ -130,6 +130,7 @@ class DrainingServer(uvicorn.Server):
                 await self._service.drained()
         except TimeoutError:
             logger.warning("%d requests are cut off", self._service.num_in_flight)
+            self._service.closing.set()  # uvicorn alone would drop their connections without a word
         self.should_exit = True
 
 

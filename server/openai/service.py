@@ -51,6 +51,8 @@ class Service:
         self._models: dict[str, ServedModel] = {}
         self._refusal: str | None = "the model is loading"
         self._is_closed = False
+        self.closing = asyncio.Event()
+        """Set when the backend is to close: what is still under way then ends with an error that its client sees."""
         self._idle = asyncio.Event()
         self._idle.set()
 

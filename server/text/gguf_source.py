@@ -53,7 +53,8 @@ class GgufEncoder:
             if self._merger is not None:
                 token_ids += self._merger.tokenize(piece.replace(" ", SPACE_SYMBOL))
             else:
-                token_ids += self._library.encode(piece, add_special_tokens=False).ids
+                # The batch call is the one that releases the GIL: other streams go on while a long text is tokenized.
+                token_ids += self._library.encode_batch_fast([piece], add_special_tokens=False)[0].ids
             after_special = False
         return token_ids
 

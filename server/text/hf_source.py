@@ -42,7 +42,8 @@ class HfEncoder:
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
         """Token ids without BOS and EOS."""
         library = self._library if parse_special else self._plain
-        return library.encode(text, add_special_tokens=False).ids
+        # The batch call is the one that releases the GIL: other streams go on while a long text is tokenized.
+        return library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def token_to_id(self, text: str) -> int | None:
         return self._library.token_to_id(text)

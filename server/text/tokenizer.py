@@ -50,6 +50,14 @@ class Tokenizer:
         self.special_tokens = dict(vocabulary.special_tokens)
         """For chat templates: "bos_token", "unk_token", ... where the model has them."""
         self.chat_template_text = chat_template_text
+        self._longest_token_chars = max(map(len, vocabulary.tokens), default=1)
+
+    def fewest_tokens(self, text: str) -> int:
+        """At least so many tokens, found without tokenizing; far below the true number, for texts far too long.
+
+        Not a bound for a Hugging Face tokenizer that drops runs of white space: 4 covers what NFC may compose.
+        """
+        return len(text) // (4 * self._longest_token_chars)
 
     @property
     def bos_token(self) -> str:

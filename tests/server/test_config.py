@@ -69,7 +69,8 @@ def test_all_problems_of_all_sources_are_reported_one_line_each() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "-1"), ("threads", "0"), ("kv_memory", "0"), ("kv_memory", "lots"), ("max_num_seqs", "0"), ("model", ""),
+    [("port", "-1"), ("threads", "0"), ("threads", "257"), ("kv_memory", "0"), ("kv_memory", "lots"),
+     ("max_num_seqs", "0"), ("model", ""),
      ("drain_seconds", "-1"), ("quantize", "q2"), ("max_waiting", "-1"), ("max_num_batched_tokens", "8")],
 )  # fmt: skip
 def test_values_out_of_range_are_refused(name: str, value: str) -> None:

@@ -42,7 +42,15 @@ def _check_prompt(value: Any) -> Any:
     return value
 
 
-Prompt = Annotated[str | list[str] | list[TokenId] | list[list[TokenId]], BeforeValidator(_check_prompt)]
+# One error is enough: or every token id of a long prompt would be reported as no string.
+_FIRST_ERROR = Field(fail_fast=True)
+Prompt = Annotated[
+    str
+    | Annotated[list[str], _FIRST_ERROR]
+    | Annotated[list[TokenId], _FIRST_ERROR]
+    | Annotated[list[Annotated[list[TokenId], _FIRST_ERROR]], _FIRST_ERROR],
+    BeforeValidator(_check_prompt),
+]
 
 
 class CompletionRequest(SamplingFields):

@@ -195,6 +195,26 @@ async def test_unknown_model_is_404() -> None:
             await h.client.models.retrieve("x")
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (COMPLETIONS, completion(prompt="x" * 100_000), "prompt"),
+        (CHAT, chat(messages=[{"role": "user", "content": "x" * 100_000}]), "messages"),
+        (CHAT, chat(tools=[{"type": "function", "function": {"name": "f", "description": "x" * 100_000}}]), "messages"),
+    ],
+)
+@async_test
+async def test_a_text_that_cannot_fit_is_refused_without_tokenizing_it(path: str, body: Any, param: str) -> None:
+    def tokenized(*args: Any, **kwargs: Any) -> list[int]:
+        raise AssertionError("megabytes would take seconds")
+
+    async with serving() as h:
+        h.engine.tokenizer._encode = tokenized  # type: ignore[method-assign]
+        response = await h.post(path, body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @async_test
 async def test_full_queue_is_429_with_retry_after_streamed_or_not(stream: bool) -> None:

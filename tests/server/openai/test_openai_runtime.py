@@ -150,6 +150,30 @@ async def test_a_chat_template_file_replaces_the_models(model: Path, tmp_path: P
     assert text == "[hi]"
 
 
+@async_test
+async def test_closing_ends_what_is_under_way_with_a_reason(model: Path) -> None:
+    body = {"model": "tiny", "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "n": 8}
+    app = create_app(open_runtime(settings(model)))
+    async with app.router.lifespan_context(app), asgi_client(app) as http:
+        while not app.state.service.is_open:  # noqa: ASYNC110 - the model loads on a thread
+            await asyncio.sleep(0.001)
+        request = asyncio.create_task(http.post("/v1/completions", json=body))
+        while not app.state.service.num_in_flight:  # noqa: ASYNC110 - a few turns of the loop
+            await asyncio.sleep(0)
+        app.state.service.closing.set()
+        answer = await request
+    assert answer.status_code == 503
+    assert "shut" in answer.json()["error"]["message"]
+
+
+@async_test
+async def test_a_bad_tokenizer_is_refused_with_the_files_name(tmp_path: Path) -> None:
+    path = write_tiny_gguf(tmp_path / "odd.gguf", pre="nonesuch")
+    with pytest.raises(ConfigError, match=r"odd\.gguf: tokenizer\.ggml\.pre.*nonesuch"):
+        async with open_runtime(settings(path))(Metrics()):
+            pass
+
+
 @pytest.mark.parametrize(("content", "error"), [(b"GGUF", ModelFileError), (b"", ModelFileError), (None, ConfigError)])
 @async_test
 async def test_what_cannot_be_served_is_refused(tmp_path: Path, content: bytes | None, error: type[Exception]) -> None:

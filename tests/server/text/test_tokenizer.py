@@ -210,3 +210,12 @@ def test_gguf_and_hugging_face_files_agree(tmp_path: Path) -> None:
             text, add_special=True, parse_special=True
         )
     assert gguf.eog_token_ids == directory.eog_token_ids
+
+
+@pytest.mark.parametrize("metadata", [_byte_level(), _sentencepiece()])
+def test_fewest_tokens_is_never_more_than_there_are(metadata: dict[str, Any]) -> None:
+    tokenizer = tokenizer_from(metadata)
+    longest = max(metadata["ggml.tokens"], key=len)
+    for text in [*TEXTS, longest * 50]:
+        assert tokenizer.fewest_tokens(text) <= len(tokenizer.encode(text, add_special=False, parse_special=True))
+    assert tokenizer.fewest_tokens("x" * 10**6) > 1000
