@@ -29,6 +29,7 @@ WHITESPACE_PATTERN = r"\n[ \t]{0,32}|[ ]{1,2}"
 
 NO_DETAILS = "<non-verbose/>"  # what llguidance writes in place of its state, which we do not show
 _OPTIONS_KEY = "x-guidance"  # llguidance's options inside a schema; ours alone
+_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # in a grammar that the caller never saw
 _QUANTIFIER = re.compile(r"\{(\d+)?(,(\d+)?)?\}")
 
 
@@ -144,5 +145,6 @@ def refusal(error: str, *, param: str) -> InvalidRequestError:
     elif "regex parse error" in text:
         reason = f"schema keyword 'pattern': {text.rsplit('error: ', 1)[-1].splitlines()[0]}"
     else:
-        reason = text.splitlines()[0] if text else "the schema cannot be compiled"
+        first_line = text.splitlines()[0] if text else "the schema cannot be compiled"
+        reason = _PLACE.sub("", first_line)
     return InvalidRequestError(f"{param}: {reason}", param=param)

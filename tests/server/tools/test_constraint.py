@@ -382,3 +382,9 @@ def test_bad_tool_parameters_name_the_tool(parameters: object) -> None:
 def test_a_model_without_an_end_cannot_be_constrained() -> None:
     with pytest.raises(InvalidRequestError, match="no end-of-generation token"):
         make_factory(TinyTokenizer(eog=())).json_object()
+
+
+def test_a_refusal_does_not_speak_of_our_grammar() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        make_factory(PLAIN).json_schema({"type": "objec"}, param="p")
+    assert str(caught.value) == "p: Invalid type: objec"
