@@ -189,6 +189,11 @@ class Residency(Generic[Handle]):
                 entry.is_leaving = True
                 self._leave(entry)
 
+    @property
+    def has_room(self) -> bool:
+        """One more (of no size) would fit without unloading any."""
+        return self._room.has_room
+
     def loaded(self) -> list[Version]:
         """What can answer at once."""
         return [entry.version for entry in self._entries.values() if entry.phase is Phase.READY]

@@ -113,6 +113,12 @@ class Room:
         """What is in memory or on its way in or out."""
         return [one for one in self.places() if one.phase is not Phase.WAITING]
 
+    @property
+    def has_room(self) -> bool:
+        """There is a place and some memory left."""
+        held = self.held()
+        return len(held) < self.max_versions and sum(one.size for one in held) < self.max_bytes
+
     def __str__(self) -> str:
         held = self.held()
         num_bytes = sum(one.size for one in held)

@@ -1,7 +1,7 @@
 """An engine for residency tests: loads and unloads end when the test says so; every rule is checked as it happens."""
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from server.adapters.version import Version, VersionRef
@@ -87,3 +87,12 @@ async def settle() -> None:
     """Let everything that can run now run: a task here never needs more turns than this to reach its next wait."""
     for _ in range(20):
         await asyncio.sleep(0)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Threads do part of the work, so there is nothing to await; the limit is for a bug, not a measurement."""
+    async with asyncio.timeout(30):
+        while True:
+            if condition():
+                return
+            await asyncio.sleep(0)
