@@ -301,6 +301,8 @@ void bind_core(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_sterna, m) {
+  // Objects that a frozen collector still holds at exit are freed with the process; nanobind would print 30 lines.
+  nb::set_leak_warnings(false);
   m.doc() = "Sterna's hot core: packed weights, kernels, forward pass and sampler.";
   bind_matrix(m);
   bind_model(m);
