@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser(
         "generate",
         "Answer one prompt on the terminal.",
-        f'sterna generate --model {DEFAULT_MODEL} --temperature 0 "What is the capital of France?"',
+        f'sterna generate --model {DEFAULT_MODEL} --temperature 0 "Name three primary colors."',
     )
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; standard input if it is not given")
     style = parser.add_mutually_exclusive_group()
