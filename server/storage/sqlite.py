@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, FromClause, create_engine, event
+from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.exc import DisconnectionError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 
@@ -39,6 +40,7 @@ def open_sqlite(path: Path, busy_timeout_seconds: float) -> Engine:
         )
 
     engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=QueuePool)
+    engine.dialect.statement_compiler = _HintCompiler
 
     @event.listens_for(engine, "connect")
     def on_connect(connection: sqlite3.Connection, entry: ConnectionPoolEntry) -> None:
@@ -57,6 +59,13 @@ def open_sqlite(path: Path, busy_timeout_seconds: float) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
 
     return engine
+
+
+class _HintCompiler(SQLiteCompiler):
+    """SQLAlchemy leaves SQLite's table hints (`with_hint(table, "INDEXED BY ...", "sqlite")`) out by default."""
+
+    def get_from_hint_text(self, table: FromClause, text: str | None) -> str | None:
+        return text
 
 
 def _create(path: Path, uri: str, busy_timeout_seconds: float) -> None:

@@ -42,7 +42,13 @@ def export_lines(
     latest = select(func.max(feedback.c.seq)).where(
         feedback.c.trace_seq == traces.c.seq, feedback.c.correction.is_not(None)
     )
-    correction = select(feedback.c.correction).where(feedback.c.seq == latest.scalar_subquery()).scalar_subquery()
+    newest = feedback.alias()
+    correction = (
+        select(newest.c.correction)
+        .where(newest.c.seq == latest.correlate(traces).scalar_subquery())
+        .correlate(traces)
+        .scalar_subquery()
+    )
     query = (
         select(
             traces.c.seq,

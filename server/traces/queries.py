@@ -1,16 +1,16 @@
 """Reading the log: a filtered list page by page, one trace with everything, totals.
 
 Pages go by sequence number (newest first): a page costs the same wherever it is and whatever is written meanwhile.
-Every filter has an index in the list's order (tables.py); the conditions of partial indexes are spelled out literally,
-because SQLite uses such an index only when it sees its condition in the query.
+Every filter has an index in the list's order (tables.py). The conditions of partial indexes are spelled out literally,
+or the planners would not see that they fit; SQLite, which guesses badly without statistics, is told which to use.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Boolean, ColumnElement, and_, case, func, literal_column, select
+from sqlalchemy import ColumnElement, and_, case, func, select, text
 
 from server.errors import InvalidRequestError
 from server.storage.database import Database
@@ -68,6 +68,7 @@ class TraceSummary:
     session_id: str | None
     has_tools: bool
     has_tool_calls: bool
+    has_tool_error: bool
     was_constrained: bool
     has_feedback: bool
     is_audit: bool
@@ -128,6 +129,9 @@ class TraceQueries:
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidRequestError(f"a page has 1 to {MAX_PAGE} traces, not {limit}", param="limit")
         query = select(*_SUMMARY).select_from(traces.join(episodes)).where(*conditions(viewer, where))
+        index = _index(where)
+        if index is not None:
+            query = query.with_hint(traces, f"INDEXED BY {index}", "sqlite")
         if before is not None:
             query = query.where(traces.c.seq < before)
         with self._database.read() as connection:
@@ -202,23 +206,23 @@ class TraceQueries:
 def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
     """For a query on `traces`."""
     found = viewer.sees(traces)
-    for name in ("adapter", "version", "key_id", "user_id", "status", "purpose"):
+    for name in ("adapter", "version", "key_id", "user_id"):
         value = getattr(where, name)
         if value is not None:
             found.append(traces.c[name] == value)
     if where.user_id is not None:
         found.append(_literal("traces.user_id IS NOT NULL"))
-    if where.status not in (None, "ok"):
-        found.append(_literal("traces.status <> 'ok'"))
-    if where.purpose not in (None, "user"):
-        found.append(_literal("traces.purpose <> 'user'"))
-    for name in ("has_tool_calls", "has_feedback", "is_audit"):
+    for name, usual in (("status", "ok"), ("purpose", "user")):
+        value = getattr(where, name)
+        if value == usual:
+            found.append(traces.c[name] == value)
+        elif value is not None:
+            # Not a plain "=": SQLite would put its constant into the other condition and lose sight of the index.
+            found += [_literal(f"traces.{name} <> '{usual}'"), traces.c[name] + "" == value]
+    for name in ("has_tool_calls", "has_tool_error", "has_feedback", "is_audit"):
         value = getattr(where, name)
         if value is not None:
             found.append(_literal(f"traces.{name}" if value else f"NOT traces.{name}"))
-    if where.has_tool_error is not None:
-        failed = traces.c.seq.in_(select(tool_calls.c.trace_seq).where(_literal("tool_calls.outcome = 'error'")))
-        found.append(failed if where.has_tool_error else ~failed)
     if where.since is not None:
         found.append(traces.c.created_at >= where.since)
     if where.until is not None:
@@ -231,9 +235,27 @@ def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
     return found
 
 
+def _index(where: TraceFilter) -> str | None:
+    """The one that leaves the fewest rows, by what the filters mean; None: SQLite may choose."""
+    if where.episode_id is not None:
+        return "ix_traces_episode"
+    if where.user_id is not None:
+        return "ix_traces_user"
+    if where.status not in (None, "ok"):
+        return "ix_traces_not_ok"
+    for name, index in (("has_tool_error", "tool_errors"), ("is_audit", "audit"), ("has_feedback", "feedback")):
+        if getattr(where, name):
+            return f"ix_traces_{index}"
+    if where.purpose not in (None, "user"):
+        return "ix_traces_not_user"
+    if where.has_tool_calls and not (where.key_id or where.version or where.adapter):
+        return "ix_traces_tool_calls"
+    return None
+
+
 def _literal(condition: str) -> ColumnElement[bool]:
     """A condition of a partial index, word for word."""
-    return literal_column(condition, Boolean)
+    return cast(ColumnElement[bool], text(condition))
 
 
 def full_trace(row: Any, outcomes: list[ToolCallOutcome], given: list[StoredFeedback]) -> FullTrace:

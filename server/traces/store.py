@@ -173,6 +173,7 @@ class TraceStore:
             "session_id": short(client.get("session_id"), MAX_NAME_LENGTH),
             "has_tools": bool(record.tools),
             "was_constrained": record.was_constrained,
+            "has_tool_error": False,
             "has_feedback": False,
             "is_audit": record.purpose == "user" and int.from_bytes(audit, "big") < self._audit_limit,
             "num_prompt_tokens": record.num_prompt_tokens,
@@ -232,4 +233,7 @@ def _join_results(connection: Connection, record: TraceRecord, seq: int) -> list
                 for caller, place, call_id, _, _ in open_calls
             ],
         )
+    failed = {caller for caller, _, call_id, _, _ in open_calls if is_error[call_id]}
+    if failed:
+        connection.execute(update(traces).where(traces.c.seq.in_(failed)).values(has_tool_error=True))
     return [(adapter, version, is_error[call_id]) for _, _, call_id, adapter, version in open_calls]

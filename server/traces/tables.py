@@ -48,6 +48,7 @@ traces = Table(
     Column("session_id", String(MAX_NAME_LENGTH)),
     Column("has_tools", Boolean, nullable=False),
     Column("has_tool_calls", Boolean, nullable=False),
+    Column("has_tool_error", Boolean, nullable=False),  # a call of this trace came back as an error, later
     Column("was_constrained", Boolean, nullable=False),
     Column("has_feedback", Boolean, nullable=False),
     Column("is_audit", Boolean, nullable=False),
@@ -62,7 +63,7 @@ traces = Table(
 )
 
 # One index a filter of `sterna traces list`, each in the list's order. What is rare has a partial index: it costs the
-# usual trace nothing. queries.py spells the same conditions literally, or SQLite would not see that an index fits.
+# usual trace nothing. queries.py spells their conditions literally and tells SQLite which one to use.
 TRACE_INDEXES = (
     Index("ix_traces_episode", traces.c.episode_seq, traces.c.seq),
     Index("ix_traces_key", traces.c.key_id, traces.c.seq),
@@ -72,9 +73,10 @@ TRACE_INDEXES = (
         Index(name, *columns, sqlite_where=text(condition), postgresql_where=text(condition))
         for name, columns, condition in (
             ("ix_traces_user", (traces.c.user_id, traces.c.seq), "user_id IS NOT NULL"),
-            ("ix_traces_not_ok", (traces.c.status, traces.c.seq), "status <> 'ok'"),
-            ("ix_traces_not_user", (traces.c.purpose, traces.c.seq), "purpose <> 'user'"),
+            ("ix_traces_not_ok", (traces.c.seq,), "status <> 'ok'"),
+            ("ix_traces_not_user", (traces.c.seq,), "purpose <> 'user'"),
             ("ix_traces_tool_calls", (traces.c.seq,), "has_tool_calls"),
+            ("ix_traces_tool_errors", (traces.c.seq,), "has_tool_error"),
             ("ix_traces_feedback", (traces.c.seq,), "has_feedback"),
             ("ix_traces_audit", (traces.c.seq,), "is_audit"),
         )
@@ -118,8 +120,6 @@ tool_calls = Table(
     Column("outcome", String(8)),  # NULL: no result was ever sent back
     Column("result_trace_seq", SequenceNumber),
 )
-_IS_ERROR = text("outcome = 'error'")
-Index("ix_tool_calls_errors", tool_calls.c.trace_seq, sqlite_where=_IS_ERROR, postgresql_where=_IS_ERROR)
 
 feedback = Table(
     "feedback",

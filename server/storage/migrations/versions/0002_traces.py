@@ -84,6 +84,7 @@ def _traces() -> None:
         sa.Column("session_id", sa.String(length=256)),
         sa.Column("has_tools", sa.Boolean(), nullable=False),
         sa.Column("has_tool_calls", sa.Boolean(), nullable=False),
+        sa.Column("has_tool_error", sa.Boolean(), nullable=False),
         sa.Column("was_constrained", sa.Boolean(), nullable=False),
         sa.Column("has_feedback", sa.Boolean(), nullable=False),
         sa.Column("is_audit", sa.Boolean(), nullable=False),
@@ -105,10 +106,11 @@ def _traces() -> None:
     op.create_index("ix_traces_episode", "traces", ["episode_seq", "seq"])
     op.create_index("ix_traces_feedback", "traces", ["seq"], **where("has_feedback"))
     op.create_index("ix_traces_key", "traces", ["key_id", "seq"])
-    op.create_index("ix_traces_not_ok", "traces", ["status", "seq"], **where("status <> 'ok'"))
-    op.create_index("ix_traces_not_user", "traces", ["purpose", "seq"], **where("purpose <> 'user'"))
+    op.create_index("ix_traces_not_ok", "traces", ["seq"], **where("status <> 'ok'"))
+    op.create_index("ix_traces_not_user", "traces", ["seq"], **where("purpose <> 'user'"))
     op.create_index("ix_traces_response_id", "traces", ["response_id"])
     op.create_index("ix_traces_tool_calls", "traces", ["seq"], **where("has_tool_calls"))
+    op.create_index("ix_traces_tool_errors", "traces", ["seq"], **where("has_tool_error"))
     op.create_index("ix_traces_user", "traces", ["user_id", "seq"], **where("user_id IS NOT NULL"))
     op.create_index("ix_traces_version", "traces", ["version", "seq"])
 
@@ -152,7 +154,6 @@ def _tool_calls() -> None:
         sa.PrimaryKeyConstraint("trace_seq", "position", name="pk_tool_calls"),
     )
     op.create_index("ix_tool_calls_call_id", "tool_calls", ["call_id"])
-    op.create_index("ix_tool_calls_errors", "tool_calls", ["trace_seq"], **where("outcome = 'error'"))
 
 
 def _feedback() -> None:
