@@ -75,7 +75,8 @@ class Registry:
     # -- imports ------------------------------------------------------------------------------------------------------
 
     def begin_import(self, directory: str) -> None:
-        """Claim a directory of the store, before any file is there."""
+        """Claim a directory of the store, `<adapter>/<unique name>`, before any file is there."""
+        check_adapter_name(directory.partition("/")[0])
         with self._locked() as connection:
             connection.execute(insert(imports).values(directory=directory, started_at=self._clock()))
 

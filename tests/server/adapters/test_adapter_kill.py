@@ -101,4 +101,4 @@ def test_killed_at_some_lines(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_at_many_lines(tmp_path: Path) -> None:
-    kill_everywhere(tmp_path, 150)
+    kill_everywhere(tmp_path, 80)

@@ -454,7 +454,7 @@ def test_anything_in_any_order(steps: list[Step], max_versions: int, max_bytes: 
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(STEPS, st.integers(1, 4), st.integers(30, 90))
 def test_anything_in_any_order_for_longer(steps: list[Step], max_versions: int, max_bytes: int) -> None:
     check_world(steps, max_versions, max_bytes)
