@@ -1,4 +1,4 @@
-"""No code compiled for one instruction set can be picked by the linker for another: objects export their table alone."""
+"""Code compiled for one instruction set cannot be picked by the linker for another: objects export their table alone."""
 
 import subprocess
 from pathlib import Path
