@@ -1,4 +1,4 @@
-"""Code compiled for one instruction set cannot be picked by the linker for another: objects export their table alone."""
+"""Code of one instruction set cannot be picked by the linker for another: kernel objects export their table alone."""
 
 import subprocess
 from pathlib import Path
