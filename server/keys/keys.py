@@ -24,6 +24,7 @@ from server.storage.clock import Clock, utc_now
 from server.storage.database import Database
 from server.storage.errors import DatabaseUnavailableError
 from server.traces.policy import TracePolicy
+from server.traces.text import short
 
 Scope = Literal["inference", "feedback", "train", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -115,6 +116,7 @@ class Keys:
 
     def revoke(self, key_id: str) -> ApiKey:
         """Takes effect here at once, on other servers within CACHE_SECONDS. Twice is the same. KeyNotFoundError."""
+        key_id = short(key_id, MAX_NAME_LENGTH)
         statement = update(api_keys).where(api_keys.c.id == key_id, api_keys.c.revoked_at.is_(None))
         with self._database.write() as connection:
             connection.execute(statement.values(revoked_at=self._clock()))

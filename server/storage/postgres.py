@@ -11,6 +11,7 @@ def open_postgres(url: URL, lock_timeout_seconds: float) -> Engine:
     engine = create_engine(
         url.set(drivername="postgresql+psycopg"),
         pool_pre_ping=True,
+        hide_parameters=True,  # errors are logged, and parameters are what people said
         connect_args={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "application_name": "sterna",

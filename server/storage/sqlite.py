@@ -39,7 +39,8 @@ def open_sqlite(path: Path, busy_timeout_seconds: float) -> Engine:
             f"{uri}?mode=rw", uri=True, timeout=busy_timeout_seconds, isolation_level=None, check_same_thread=False
         )
 
-    engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=QueuePool)
+    # hide_parameters: errors are logged, and parameters are what people said.
+    engine = create_engine("sqlite+pysqlite://", creator=connect, poolclass=QueuePool, hide_parameters=True)
     engine.dialect.statement_compiler = _HintCompiler
 
     @event.listens_for(engine, "connect")

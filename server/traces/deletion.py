@@ -13,7 +13,7 @@ from sqlalchemy import ColumnElement, delete, exists, func, insert, select
 from server.errors import InvalidRequestError
 from server.storage.clock import Clock, utc_now
 from server.storage.database import Database
-from server.traces.queries import TraceFilter, conditions
+from server.traces.filters import TraceFilter, conditions
 from server.traces.store import LOCK
 from server.traces.tables import episodes, trace_tombstones, traces
 from server.traces.viewer import Viewer

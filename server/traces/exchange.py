@@ -22,7 +22,7 @@ from server.openai.protocol.tools import Tools
 from server.storage.clock import Clock, utc_now
 from server.storage.database import Database
 from server.traces.digests import read_conversation
-from server.traces.queries import TraceFilter, conditions
+from server.traces.filters import TraceFilter, conditions
 from server.traces.record import Answer, EpisodeRef, TraceRecord
 from server.traces.store import TraceStore
 from server.traces.tables import feedback, trace_contents, traces

@@ -141,9 +141,10 @@ class _Found:
 
 def _find(connection: Connection, viewer: Viewer, target: Target) -> _Found:
     """Raises TraceNotFoundError."""
+    wanted = short(target.id, MAX_NAME_LENGTH)
     if target.kind == "episode":
         alias = select(func.coalesce(episodes.c.merged_into, episodes.c.seq))
-        alias = alias.where(episodes.c.id == target.id, *viewer.sees(episodes))
+        alias = alias.where(episodes.c.id == wanted, *viewer.sees(episodes))
         query = select(episodes.c.seq, episodes.c.id).where(episodes.c.seq == alias.scalar_subquery())
         row = connection.execute(query).one_or_none()
         if row is not None:
@@ -153,7 +154,7 @@ def _find(connection: Connection, viewer: Viewer, target: Target) -> _Found:
         query4 = (
             select(episodes.c.seq, episodes.c.id, traces.c.seq, traces.c.id)
             .select_from(traces.join(episodes))
-            .where(column == target.id, *viewer.sees(traces))
+            .where(column == wanted, *viewer.sees(traces))
             .order_by(traces.c.seq.desc())  # an upstream's response ids may repeat: the latest
             .limit(1)
         )

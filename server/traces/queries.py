@@ -1,49 +1,26 @@
 """Reading the log: a filtered list page by page, one trace with everything, totals.
 
 Pages go by sequence number (newest first): a page costs the same wherever it is and whatever is written meanwhile.
-Every filter has an index in the list's order (tables.py). The conditions of partial indexes are spelled out literally,
-or the planners would not see that they fit; SQLite, which guesses badly without statistics, is told which to use.
+Which index a list uses is in filters.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
-from typing import Any, cast
+from typing import Any
 
-from sqlalchemy import ColumnElement, and_, case, func, select, text
+from sqlalchemy import ColumnElement, case, func, select
 
 from server.errors import InvalidRequestError
 from server.storage.database import Database
 from server.traces.errors import TraceNotFoundError
 from server.traces.feedback import FeedbackStore, StoredFeedback
-from server.traces.record import Purpose, Status
-from server.traces.tables import episodes, feedback, tool_calls, trace_contents, traces
+from server.traces.filters import TraceFilter, conditions, sqlite_index, sqlite_time_index
+from server.traces.tables import MAX_NAME_LENGTH, episodes, feedback, tool_calls, trace_contents, traces
+from server.traces.text import short
 from server.traces.viewer import Viewer
 
 MAX_PAGE = 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceFilter:
-    """None: any. Several conditions must all hold."""
-
-    adapter: str | None = None
-    version: str | None = None
-    key_id: str | None = None
-    user_id: str | None = None
-    episode_id: str | None = None
-    purpose: Purpose | None = None
-    status: Status | None = None
-    since: datetime | None = None
-    until: datetime | None = None
-    has_tool_calls: bool | None = None
-    has_tool_error: bool | None = None
-    has_feedback: bool | None = None
-    is_audit: bool | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        return all(getattr(self, field.name) is None for field in fields(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +105,17 @@ class TraceQueries:
     def list(self, viewer: Viewer, where: TraceFilter, *, limit: int = 50, before: int | None = None) -> Page:
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidRequestError(f"a page has 1 to {MAX_PAGE} traces, not {limit}", param="limit")
-        query = select(*_SUMMARY).select_from(traces.join(episodes)).where(*conditions(viewer, where))
-        index = _index(where)
-        if index is not None:
-            query = query.with_hint(traces, f"INDEXED BY {index}", "sqlite")
+        # Two steps: which rows, from the index alone where that is enough, and then those rows.
+        seqs = select(traces.c.seq).where(*conditions(viewer, where)).order_by(traces.c.seq.desc()).limit(limit + 1)
         if before is not None:
-            query = query.where(traces.c.seq < before)
+            seqs = seqs.where(traces.c.seq < before)
         with self._database.read() as connection:
-            rows = connection.execute(query.order_by(traces.c.seq.desc()).limit(limit + 1)).all()
+            index = sqlite_index(where) or (sqlite_time_index(connection, where) if viewer.is_admin else None)
+            if index is not None:
+                seqs = seqs.with_hint(traces, f"INDEXED BY {index}", "sqlite")
+            found_seqs = connection.scalars(seqs).all()
+            query = select(*_SUMMARY).select_from(traces.join(episodes)).where(traces.c.seq.in_(found_seqs))
+            rows = connection.execute(query.order_by(traces.c.seq.desc())).all()
         found = [_summary(row) for row in rows[:limit]]
         return Page(found, found[-1].seq if len(rows) > limit else None)
 
@@ -144,7 +124,7 @@ class TraceQueries:
         query = (
             select(*_SUMMARY, trace_contents)
             .select_from(traces.join(episodes).join(trace_contents))
-            .where(traces.c.id == trace_id, *viewer.sees(traces))
+            .where(traces.c.id == short(trace_id, MAX_NAME_LENGTH), *viewer.sees(traces))
         )
         with self._database.read() as connection:
             row = connection.execute(query).one_or_none()
@@ -201,61 +181,6 @@ class TraceQueries:
                 "num_feedback": num_feedback,
                 "mean_score": mean_score,
             }
-
-
-def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
-    """For a query on `traces`."""
-    found = viewer.sees(traces)
-    for name in ("adapter", "version", "key_id", "user_id"):
-        value = getattr(where, name)
-        if value is not None:
-            found.append(traces.c[name] == value)
-    if where.user_id is not None:
-        found.append(_literal("traces.user_id IS NOT NULL"))
-    for name, usual in (("status", "ok"), ("purpose", "user")):
-        value = getattr(where, name)
-        if value == usual:
-            found.append(traces.c[name] == value)
-        elif value is not None:
-            # Not a plain "=": SQLite would put its constant into the other condition and lose sight of the index.
-            found += [_literal(f"traces.{name} <> '{usual}'"), traces.c[name] + "" == value]
-    for name in ("has_tool_calls", "has_tool_error", "has_feedback", "is_audit"):
-        value = getattr(where, name)
-        if value is not None:
-            found.append(_literal(f"traces.{name}" if value else f"NOT traces.{name}"))
-    if where.since is not None:
-        found.append(traces.c.created_at >= where.since)
-    if where.until is not None:
-        found.append(traces.c.created_at < where.until)
-    if where.episode_id is not None:
-        alias = select(func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(
-            and_(episodes.c.id == where.episode_id, *viewer.sees(episodes))
-        )
-        found.append(traces.c.episode_seq == alias.scalar_subquery())
-    return found
-
-
-def _index(where: TraceFilter) -> str | None:
-    """The one that leaves the fewest rows, by what the filters mean; None: SQLite may choose."""
-    if where.episode_id is not None:
-        return "ix_traces_episode"
-    if where.user_id is not None:
-        return "ix_traces_user"
-    if where.status not in (None, "ok"):
-        return "ix_traces_not_ok"
-    for name, index in (("has_tool_error", "tool_errors"), ("is_audit", "audit"), ("has_feedback", "feedback")):
-        if getattr(where, name):
-            return f"ix_traces_{index}"
-    if where.purpose not in (None, "user"):
-        return "ix_traces_not_user"
-    if where.has_tool_calls and not (where.key_id or where.version or where.adapter):
-        return "ix_traces_tool_calls"
-    return None
-
-
-def _literal(condition: str) -> ColumnElement[bool]:
-    """A condition of a partial index, word for word."""
-    return cast(ColumnElement[bool], text(condition))
 
 
 def full_trace(row: Any, outcomes: list[ToolCallOutcome], given: list[StoredFeedback]) -> FullTrace:

@@ -84,8 +84,9 @@ def test_revoked_here_at_once_elsewhere_soon(keys: Keys, database: Database, tic
         verify(elsewhere, secret)
     assert keys.list() == []
     assert [one.id for one in keys.list(with_revoked=True)] == [key.id]
-    with pytest.raises(KeyNotFoundError, match="key-nonsense"):
-        keys.revoke("key-nonsense")
+    for nonsense in ("key-nonsense", "key-\0", "key-\ud800"):
+        with pytest.raises(KeyNotFoundError):
+            keys.revoke(nonsense)
 
 
 def test_whether_keys_are_needed(keys: Keys, database: Database, ticks: Ticks) -> None:

@@ -13,7 +13,8 @@ from server.storage.database import Database, open_database
 from server.traces import deletion as deletion_module
 from server.traces.deletion import TraceDeletion
 from server.traces.feedback import Feedback, FeedbackStore, Target
-from server.traces.queries import TraceFilter, TraceQueries
+from server.traces.filters import TraceFilter
+from server.traces.queries import TraceQueries
 from server.traces.retention import Retention
 from server.traces.store import TraceStore
 from server.traces.viewer import ADMIN, Viewer

@@ -9,7 +9,8 @@ from server.errors import InvalidRequestError
 from server.storage.database import Database
 from server.traces.exchange import export_lines, import_lines
 from server.traces.feedback import Feedback, FeedbackStore, Target
-from server.traces.queries import TraceFilter, TraceQueries
+from server.traces.filters import TraceFilter
+from server.traces.queries import TraceQueries
 from server.traces.record import Answer
 from server.traces.store import TraceStore
 from server.traces.viewer import ADMIN, Viewer

@@ -10,7 +10,8 @@ from server.storage.database import Database
 from server.traces.deletion import TraceDeletion
 from server.traces.errors import FeedbackConflictError, TraceNotFoundError
 from server.traces.feedback import Feedback, FeedbackStore, Target
-from server.traces.queries import TraceFilter, TraceQueries
+from server.traces.filters import TraceFilter
+from server.traces.queries import TraceQueries
 from server.traces.viewer import ADMIN, Viewer
 from tests.server.traces.builders import START, Client, assistant, call, user
 

@@ -10,7 +10,8 @@ from server.errors import InvalidRequestError
 from server.storage.database import Database, open_database
 from server.traces.errors import TraceNotFoundError
 from server.traces.feedback import Feedback, FeedbackStore, Target
-from server.traces.queries import TraceFilter, TraceQueries
+from server.traces.filters import TraceFilter
+from server.traces.queries import TraceQueries
 from server.traces.record import TraceRecord
 from server.traces.store import TraceStore
 from server.traces.viewer import ADMIN, Viewer
@@ -91,6 +92,22 @@ def test_each_key_sees_its_own_and_admin_all(client: Client, queries: TraceQueri
         queries.show(ADMIN, "trace-nonsense")
 
 
+def test_text_that_no_row_can_hold_matches_none(queries: TraceQueries) -> None:
+    """PostgreSQL refuses NUL and half surrogate pairs even in a question."""
+    for odd in ("nul \0", "half \ud800", "x" * 100_000):
+        for name in ("adapter", "version", "key_id", "user_id", "episode_id"):
+            assert queries.list(ADMIN, TraceFilter(**{name: odd})).traces == []
+        with pytest.raises(TraceNotFoundError):
+            queries.show(ADMIN, odd)
+        for kind in ("trace", "response", "episode"):
+            with pytest.raises(TraceNotFoundError):
+                FeedbackStore(queries._database).add(
+                    ADMIN,
+                    Target(kind, odd),
+                    Feedback(source="thumbs", score=1),  # type: ignore[arg-type]
+                )
+
+
 def test_totals(client: Client, queries: TraceQueries) -> None:
     assert queries.stats(ADMIN, TraceFilter())["num_traces"] == 0
     asked = call("s")
@@ -148,7 +165,7 @@ def test_every_filter_has_its_index_on_sqlite(
     raw.driver_connection.set_trace_callback(statements.append)
     raw.close()
     TraceQueries(database).list(ADMIN, TraceFilter(**where))
-    query = next(statement for statement in statements if statement.startswith("SELECT"))
+    query = next(statement for statement in statements if "ORDER BY traces.seq DESC" in statement)
     with database.read() as connection:
         plan = [row.detail for row in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + query.replace("%", "%%"))]
     of_traces = [line for line in plan if " traces" in line]

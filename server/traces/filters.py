@@ -1,0 +1,111 @@
+"""What `sterna traces list` and its relatives can filter by, as SQL conditions on `traces`.
+
+Every filter has an index in the list's order (tables.py). The conditions of partial indexes are spelled out literally,
+or the planners would not see that they fit; SQLite, which guesses badly without statistics, is told which to use.
+"""
+
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from typing import cast
+
+from sqlalchemy import ColumnElement, Connection, and_, func, select, text
+
+from server.traces.record import Purpose, Status
+from server.traces.tables import MAX_NAME_LENGTH, episodes, traces
+from server.traces.text import short
+from server.traces.viewer import Viewer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceFilter:
+    """None: any. Several conditions must all hold."""
+
+    adapter: str | None = None
+    version: str | None = None
+    key_id: str | None = None
+    user_id: str | None = None
+    episode_id: str | None = None
+    purpose: Purpose | None = None
+    status: Status | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    has_tool_calls: bool | None = None
+    has_tool_error: bool | None = None
+    has_feedback: bool | None = None
+    is_audit: bool | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return all(getattr(self, field.name) is None for field in fields(self))
+
+
+def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
+    """For a query on `traces`."""
+    found = viewer.sees(traces)
+    for name in ("adapter", "version", "key_id", "user_id"):
+        value = getattr(where, name)
+        if value is not None:
+            found.append(traces.c[name] == short(value, MAX_NAME_LENGTH))
+    if where.user_id is not None:
+        found.append(_literal("traces.user_id IS NOT NULL"))
+    for name, usual in (("status", "ok"), ("purpose", "user")):
+        value = getattr(where, name)
+        if value == usual:
+            found.append(traces.c[name] == value)
+        elif value is not None:
+            # Not a plain "=": SQLite would put its constant into the other condition and lose sight of the index.
+            found += [_literal(f"traces.{name} <> '{usual}'"), traces.c[name] + "" == value]
+    for name in ("has_tool_calls", "has_tool_error", "has_feedback", "is_audit"):
+        value = getattr(where, name)
+        if value is not None:
+            found.append(_literal(f"traces.{name}" if value else f"NOT traces.{name}"))
+    if where.since is not None:
+        found.append(traces.c.created_at >= where.since)
+    if where.until is not None:
+        found.append(traces.c.created_at < where.until)
+    if where.episode_id is not None:
+        alias = select(func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(
+            and_(episodes.c.id == short(where.episode_id, MAX_NAME_LENGTH), *viewer.sees(episodes))
+        )
+        found.append(traces.c.episode_seq == alias.scalar_subquery())
+    return found
+
+
+def sqlite_index(where: TraceFilter) -> str | None:
+    """The one that leaves the fewest rows, by what the filters mean; None: SQLite may choose."""
+    if where.episode_id is not None:
+        return "ix_traces_episode"
+    if where.user_id is not None:
+        return "ix_traces_user"
+    if where.status not in (None, "ok"):
+        return "ix_traces_not_ok"
+    for name, index in (("has_tool_error", "tool_errors"), ("is_audit", "audit"), ("has_feedback", "feedback")):
+        if getattr(where, name):
+            return f"ix_traces_{index}"
+    if where.purpose not in (None, "user"):
+        return "ix_traces_not_user"
+    if where.has_tool_calls and not (where.key_id or where.version or where.adapter):
+        return "ix_traces_tool_calls"
+    return None
+
+
+def sqlite_time_index(connection: Connection, where: TraceFilter) -> str | None:
+    """The index of times, for a filter by time alone that leaves less than half of the rows.
+
+    Going through the rows from the newest would pass all that do not match; through the index, all that do.
+    """
+    if where.since is None and where.until is None:
+        return None
+    if replace(where, since=None, until=None) != TraceFilter():
+        return None
+    oldest = connection.scalar(select(func.min(traces.c.created_at)))
+    newest = connection.scalar(select(func.max(traces.c.created_at)))
+    if oldest is None or newest is None:
+        return None
+    begin, end = max(where.since or oldest, oldest), min(where.until or newest, newest)
+    return "ix_traces_created_at" if 2 * (end - begin) < newest - oldest else None
+
+
+def _literal(condition: str) -> ColumnElement[bool]:
+    """A condition of a partial index, word for word."""
+    return cast(ColumnElement[bool], text(condition))
