@@ -1,8 +1,9 @@
 """A private PostgreSQL server for one test run, and `database_url`: every test that takes it runs on both databases.
 
-A room's conftest says `from tests.server.postgres import database_url`. The cluster is started once a process, when
-the first test marked `postgres` asks for it (root may not run PostgreSQL, so it runs as the user that Debian's package
-made), and each test gets a database of its own. Without the binaries such a test fails: deselect it by its marker.
+A room's conftest says `from tests.server.postgres import migrated_url` (or `database_url`, which is still empty). The
+cluster is started once a process, when the first test marked `postgres` asks for it (root may not run PostgreSQL, so it
+runs as the user that Debian's package made), and each test gets a database of its own. Without the binaries such a test
+fails: deselect it by its marker.
 """
 
 import atexit
@@ -20,6 +21,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+
+from server.storage.database import open_database
 
 BINARIES = "/usr/lib/postgresql/*/bin"
 
@@ -52,9 +55,16 @@ class Cluster:
         self.stop()
         shutil.rmtree(self._root)
 
-    def create_database(self) -> str:
+    def create_database(self, template: str = "template0") -> str:
         name = f"test_{uuid.uuid4().hex}"
-        self._admin(f"CREATE DATABASE {name}")
+        self._admin(f"CREATE DATABASE {name} TEMPLATE {template}")
+        return name
+
+    @functools.cache  # noqa: B019 - there is one cluster
+    def migrated(self) -> str:
+        """A database with our tables in it, to be copied."""
+        name = self.create_database()
+        open_database(self.url(name)).close()
         return name
 
     def drop_database(self, name: str) -> None:
@@ -118,3 +128,24 @@ def database_url(request: pytest.FixtureRequest) -> str:
     """An empty database of each kind in turn."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
+
+
+@functools.cache
+def _migrated_file() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="sterna-sqlite-"))
+    atexit.register(shutil.rmtree, folder)
+    open_database(f"sqlite:///{folder}/template.db").close()
+    return folder / "template.db"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """As `database_url`, with our tables in it: a copy, because migrating takes longer than most tests."""
+    if request.param == "sqlite":
+        shutil.copy(_migrated_file(), tmp_path / "test.db")
+        yield f"sqlite:///{tmp_path}/test.db"
+        return
+    server = cluster()
+    name = server.create_database(server.migrated())
+    yield server.url(name)
+    server.drop_database(name)

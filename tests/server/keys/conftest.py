@@ -1,5 +1,5 @@
 """The databases that the key tests run on."""
 
-from tests.server.postgres import database_url, postgres_url, sqlite_url
+from tests.server.postgres import migrated_url, postgres_url, sqlite_url
 
-__all__ = ["database_url", "postgres_url", "sqlite_url"]
+__all__ = ["migrated_url", "postgres_url", "sqlite_url"]

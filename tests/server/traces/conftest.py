@@ -6,15 +6,15 @@ import pytest
 
 from server.storage.database import Database, open_database
 from server.traces.store import TraceStore
-from tests.server.postgres import database_url, postgres_url, sqlite_url
+from tests.server.postgres import database_url, migrated_url, postgres_url, sqlite_url
 from tests.server.traces.builders import Client
 
-__all__ = ["database_url", "postgres_url", "sqlite_url"]
+__all__ = ["database_url", "migrated_url", "postgres_url", "sqlite_url"]
 
 
 @pytest.fixture
-def database(database_url: str) -> Iterator[Database]:
-    opened = open_database(database_url)
+def database(migrated_url: str) -> Iterator[Database]:
+    opened = open_database(migrated_url)
     yield opened
     opened.close()
 
