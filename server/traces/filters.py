@@ -4,7 +4,7 @@ Every filter has an index in the list's order (tables.py). The conditions of par
 or the planners would not see that they fit; SQLite, which guesses badly without statistics, is told which to use.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import cast
 
@@ -36,7 +36,11 @@ class TraceFilter:
 
     @property
     def is_empty(self) -> bool:
-        return all(getattr(self, field.name) is None for field in fields(self))
+        return self == TraceFilter()
+
+    @property
+    def is_time_alone(self) -> bool:
+        return replace(self, since=None, until=None).is_empty
 
 
 def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
@@ -89,21 +93,35 @@ def sqlite_index(where: TraceFilter) -> str | None:
     return None
 
 
-def sqlite_time_index(connection: Connection, where: TraceFilter) -> str | None:
-    """The index of times, for a filter by time alone that leaves less than half of the rows.
+@dataclass(frozen=True, slots=True)
+class TimePlan:
+    """How a list by time gets to its rows without passing most of the others.
 
-    Going through the rows from the newest would pass all that do not match; through the index, all that do.
+    Time and sequence number run together, but a clock may have been stepped, so neither is derived from the other: what
+    is computed here is exact, and only whether it pays is estimated from the times of the first and last trace.
     """
+
+    last_seq: int | None = None
+    """No row that matches `until` has a higher one; None: not computed."""
+    sqlite_index: str | None = None
+
+
+def plan_time(connection: Connection, where: TraceFilter, *, is_alone: bool) -> TimePlan:
+    """`is_alone`: nothing else restricts the rows."""
     if where.since is None and where.until is None:
-        return None
-    if replace(where, since=None, until=None) != TraceFilter():
-        return None
+        return TimePlan()
     oldest = connection.scalar(select(func.min(traces.c.created_at)))
     newest = connection.scalar(select(func.max(traces.c.created_at)))
     if oldest is None or newest is None:
-        return None
+        return TimePlan()
     begin, end = max(where.since or oldest, oldest), min(where.until or newest, newest)
-    return "ix_traces_created_at" if 2 * (end - begin) < newest - oldest else None
+    middle = oldest + (newest - oldest) / 2
+    if is_alone and end - begin < middle - oldest:
+        return TimePlan(sqlite_index="ix_traces_time")
+    if where.until is not None and end < middle:
+        last = connection.scalar(select(func.max(traces.c.seq)).where(traces.c.created_at < where.until))
+        return TimePlan(last_seq=last or 0)
+    return TimePlan()
 
 
 def _literal(condition: str) -> ColumnElement[bool]:

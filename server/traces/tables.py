@@ -35,7 +35,7 @@ traces = Table(
     Column("id", String(64), nullable=False, unique=True),
     Column("response_id", String(128), index=True),
     Column("episode_seq", SequenceNumber, ForeignKey("episodes.seq"), nullable=False),
-    Column("created_at", UtcDateTime, nullable=False, index=True),
+    Column("created_at", UtcDateTime, nullable=False),
     Column("endpoint", String(16), nullable=False),
     Column("purpose", String(16), nullable=False),
     Column("status", String(16), nullable=False),
@@ -66,6 +66,7 @@ traces = Table(
 # usual trace nothing. queries.py spells their conditions literally and tells SQLite which one to use.
 TRACE_INDEXES = (
     Index("ix_traces_episode", traces.c.episode_seq, traces.c.seq),
+    Index("ix_traces_time", traces.c.created_at, traces.c.seq),
     Index("ix_traces_key", traces.c.key_id, traces.c.seq),
     Index("ix_traces_adapter", traces.c.adapter, traces.c.seq),
     Index("ix_traces_version", traces.c.version, traces.c.seq),

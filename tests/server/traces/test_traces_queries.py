@@ -1,6 +1,7 @@
 """Listing, filtering, paging, totals, and who sees what."""
 
 import sqlite3
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -90,6 +91,25 @@ def test_each_key_sees_its_own_and_admin_all(client: Client, queries: TraceQueri
         queries.show(Viewer("key-a"), theirs.id)
     with pytest.raises(TraceNotFoundError):
         queries.show(ADMIN, "trace-nonsense")
+
+
+def test_by_time_whatever_the_clock_did(store: TraceStore, queries: TraceQueries) -> None:
+    """Each way to the rows finds the same, also where the clock was stepped back and forth."""
+    hours = [0, 1, 2, 50, 3, 4, 5, 6, 7, 8, 9, -40, 10, 11, 12]
+    records = [make_record(adapter="tools" if number % 2 else None, **at(hour)) for number, hour in enumerate(hours)]
+    store.write(records)
+    for since in (None, -50, 0, 4, 11, 60):
+        for until in (None, -50, 0, 3, 9, 60):
+            where = TraceFilter(
+                since=None if since is None else START + timedelta(hours=since),
+                until=None if until is None else START + timedelta(hours=until),
+            )
+            low, high = (-99 if since is None else since), (99 if until is None else until)
+            expected = [records[n].id for n, hour in enumerate(hours) if low <= hour < high][::-1]
+            assert [one.id for one in queries.list(ADMIN, where).traces] == expected
+            assert [one.id for one in queries.list(Viewer(), where).traces] == expected
+            odd = [one.id for one in queries.list(ADMIN, replace(where, adapter="tools")).traces]
+            assert odd == [name for name in expected if name in {record.id for record in records[1::2]}]
 
 
 def test_text_that_no_row_can_hold_matches_none(queries: TraceQueries) -> None:

@@ -102,7 +102,7 @@ def _traces() -> None:
     )
     op.create_index("ix_traces_adapter", "traces", ["adapter", "seq"])
     op.create_index("ix_traces_audit", "traces", ["seq"], **where("is_audit"))
-    op.create_index("ix_traces_created_at", "traces", ["created_at"])
+    op.create_index("ix_traces_time", "traces", ["created_at", "seq"])
     op.create_index("ix_traces_episode", "traces", ["episode_seq", "seq"])
     op.create_index("ix_traces_feedback", "traces", ["seq"], **where("has_feedback"))
     op.create_index("ix_traces_key", "traces", ["key_id", "seq"])
