@@ -1,4 +1,5 @@
 # Two stages: build the wheel with a compiler, run it without one. No model is inside; it lives in the volume /cache.
+# What the server must never lose (traces, keys, adapters) lives in the volume /data.
 # Documented in docs/operations.md.
 
 FROM python:3.11-slim-bookworm AS build
@@ -15,13 +16,15 @@ FROM python:3.11-slim-bookworm
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir --no-index /wheels/*.whl \
     && useradd --create-home --uid 10001 sterna \
-    && install --directory --owner sterna --group sterna /cache
+    && install --directory --owner sterna --group sterna /cache \
+    && install --directory --mode 700 --owner sterna --group sterna /data
 USER 10001
 WORKDIR /home/sterna
 ENV STERNA_HOST=0.0.0.0 \
     STERNA_CACHE_DIR=/cache \
+    STERNA_DATA_DIR=/data \
     PYTHONUNBUFFERED=1
-VOLUME /cache
+VOLUME ["/cache", "/data"]
 EXPOSE 8000
 # 503 while the model loads and while the server drains; Kubernetes should ask /health itself.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \

@@ -11,12 +11,16 @@ INITDB := /usr/lib/postgresql/*/bin/initdb
 
 CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.inc') $(wildcard CMakeLists.txt)
 
-.PHONY: run test postgres peers check bench fmt clean setup test-setup
+.PHONY: run demo test postgres peers check bench fmt clean setup finetune-setup test-setup
 .DELETE_ON_ERROR:
 
-run: setup ## serve the default model on 127.0.0.1:8000
+run: finetune-setup ## serve the default model on 127.0.0.1:8000, and learn from what is asked
 	$(BIN)/sterna models pull $(MODEL)
-	$(BIN)/sterna serve --model $(MODEL)
+	$(BIN)/sterna up --model $(MODEL)
+
+demo: finetune-setup ## traffic, rounds, the gate, the swap: before and after, in under 40 minutes on two idle cores
+	$(BIN)/sterna models pull smollm2-135m-instruct
+	$(BIN)/python -m finetune.demo
 
 test: test-setup check postgres ## linters, types and every test that needs nothing but this machine
 	$(BIN)/sterna models pull smollm2-135m-instruct
@@ -49,6 +53,7 @@ clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 setup: $(VENV)/.built
+finetune-setup: $(VENV)/.finetune-built
 test-setup: $(VENV)/.test-built
 
 # --without-pip and pip's --python: Debian ships venv without ensurepip, so pip puts itself there.
@@ -68,8 +73,12 @@ $(VENV)/.built: $(VENV)/.build-tools pyproject.toml $(CPP)
 	touch $@
 
 # torch first, alone and by its exact version: any other request may bring CUDA libraries of several gigabytes.
-$(VENV)/.test-built: $(VENV)/.built
+$(VENV)/.finetune-built: $(VENV)/.built
 	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet --no-build-isolation --editable '.[finetune]'
+	touch $@
+
+$(VENV)/.test-built: $(VENV)/.finetune-built
 	$(PIP) install --quiet --no-build-isolation --editable '.[test]'
 	touch $@
 

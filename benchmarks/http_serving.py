@@ -11,15 +11,13 @@ usage: python -m benchmarks.http_serving [--model NAME] [--rounds 3] [--json]
 import argparse
 import asyncio
 import json
-import socket
 import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+from benchmarks.serve_process import STERNA, Server, model_path
 from loadtests import sse_client
 from quant.model_file import open_model
 from server.engine.engine import Engine
@@ -27,66 +25,28 @@ from server.engine.params import SamplingParams
 from server.engine.weights import load_core
 from server.text.tokenizer import build_tokenizer
 
-STERNA = Path(sys.executable).parent / "sterna"
 STREAMS, MAX_TOKENS = 32, 128
 PROBES = 25
-START_DEADLINE_SECONDS = 120
 
 
-class Server:
-    """One `sterna serve` on a free port of 127.0.0.1."""
-
-    def __init__(self, model: str, threads: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.url = f"http://127.0.0.1:{probe.getsockname()[1]}"
-        command = [STERNA, "serve", "--model", model, "--threads", str(threads), "--port", self.url.rsplit(":", 1)[1]]
-        self.started = time.perf_counter()
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-
-    def __enter__(self) -> "Server":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait()
-
-    def seconds_to_first_token(self) -> float:
-        while time.perf_counter() - self.started < START_DEADLINE_SECONDS:
-            if self._process.poll() is not None:
-                raise SystemExit("sterna serve ended; see its message above")
-            try:
-                model = json.load(urllib.request.urlopen(f"{self.url}/v1/models"))["data"][0]["id"]
-                body = json.dumps({"model": model, "prompt": "Hello", "max_tokens": 1}).encode()
-                headers = {"Content-Type": "application/json"}
-                request = urllib.request.Request(f"{self.url}/v1/completions", body, headers)
-                assert json.load(urllib.request.urlopen(request))["usage"]["completion_tokens"] == 1
-                return time.perf_counter() - self.started
-            except (urllib.error.URLError, ConnectionError, IndexError):
-                time.sleep(0.01)
-        raise SystemExit("sterna serve did not answer in time")
-
-    def resident_mb(self) -> int:
-        status = Path(f"/proc/{self._process.pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-        return int(line.split()[1]) // 1024
-
-    def load(self, *, streams: int, max_tokens: int, seed: int) -> dict:
-        options = argparse.Namespace(
-            url=self.url,
-            endpoint="completions",
-            model=None,
-            streams=streams,
-            max_tokens=max_tokens,
-            prompt_words=6,
-            prompts_seed=seed,
-            timeout_seconds=300.0,
-        )
-        return sse_client.summarize(asyncio.run(sse_client.run_load(options)))
+def load(server: Server, *, streams: int, max_tokens: int, seed: int) -> dict:
+    options = argparse.Namespace(
+        url=server.url,
+        endpoint="completions",
+        model=None,
+        streams=streams,
+        max_tokens=max_tokens,
+        prompt_words=6,
+        prompts_seed=seed,
+        timeout_seconds=300.0,
+        purpose="user",  # as traffic is served, metrics included
+        api_key=None,
+    )
+    return sse_client.summarize(asyncio.run(sse_client.run_load(options)))
 
 
 def engine_ttft_ms(path: str, threads: int) -> float:
-    """Median time from submit to the first token at the event loop, engine alone, the prompts of `Server.load`."""
+    """Median time from submit to the first token at the event loop, engine alone, the prompts of `load`."""
     file = open_model(path)
     tokenizer = build_tokenizer(file.tokenizer, file.config.vocab_size)
     core = load_core(file, isa="auto", num_threads=threads, num_blocks=256, max_num_seqs=4, max_batch_tokens=512)
@@ -120,13 +80,13 @@ def run_round(model: str, path: str, threads: int, number: int) -> dict[str, flo
     with Server(model, threads) as server:
         start = server.seconds_to_first_token()
         idle_mb = server.resident_mb()
-        probes = [server.load(streams=1, max_tokens=1, seed=1000 + i)["ttft_p50_ms"] for i in range(PROBES)]
-        server.load(streams=STREAMS, max_tokens=16, seed=900 + number)
-        loads = [server.load(streams=STREAMS, max_tokens=MAX_TOKENS, seed=10 * number + i) for i in range(3)]
+        probes = [load(server, streams=1, max_tokens=1, seed=1000 + i)["ttft_p50_ms"] for i in range(PROBES)]
+        load(server, streams=STREAMS, max_tokens=16, seed=900 + number)
+        loads = [load(server, streams=STREAMS, max_tokens=MAX_TOKENS, seed=10 * number + i) for i in range(3)]
         loaded_mb = server.resident_mb()
-    if any(load["errors"] for load in loads):
+    if any(one["errors"] for one in loads):
         raise SystemExit("requests failed under load")
-    middle = sorted(loads, key=lambda load: load["tok_s"])[1]
+    middle = sorted(loads, key=lambda one: one["tok_s"])[1]
     return {
         "start_seconds": start,
         "idle_rss_mb": idle_mb,
@@ -149,8 +109,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     args = parser.parse_args()
-    done = subprocess.run([STERNA, "models", "path", args.model], stdout=subprocess.PIPE, check=True, text=True)
-    path = done.stdout.strip()
+    path = model_path(args.model)
     rounds = []
     for number in range(args.rounds):
         print(f"round {number + 1} of {args.rounds}", file=sys.stderr)

@@ -4,11 +4,14 @@ Locust's own rows time whole answers. The rows `TTFT` and `ITL` of type `SSE` ar
 Gaps are taken between chunks, so they hold for one process of up to some hundred users; beyond that, or to compare
 rates, use sse_client.py, which costs far less for each token.
 
+To Sterna the load is no traffic (purpose evaluation), which needs an admin key in STERNA_API_KEY once keys exist.
+
 needs: pip install 'sterna[loadtest]'
 usage: locust -f loadtests/locustfile.py --host http://127.0.0.1:8000 --headless -u 16 -r 4 -t 60s
 """
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -16,6 +19,7 @@ from typing import Any
 
 from locust import HttpUser, between, events, task
 
+API_KEY = os.environ.get("STERNA_API_KEY")
 QUESTIONS = (
     "What is the capital of France?",
     "Write two sentences about the sea.",
@@ -31,6 +35,9 @@ class StreamingUser(HttpUser):
     wait_time = between(0.5, 2.0)
 
     def on_start(self) -> None:
+        self.client.headers["X-Sterna-Purpose"] = "evaluation"
+        if API_KEY:
+            self.client.headers["Authorization"] = f"Bearer {API_KEY}"
         self.model = self.client.get("/v1/models").json()["data"][0]["id"]
 
     @task(3)

@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -38,12 +38,14 @@ class Stream:
     error: str | None = None
 
 
-def request_bytes(url: str, endpoint: str, body: dict[str, object]) -> bytes:
+def request_bytes(url: str, endpoint: str, body: dict[str, object], extra: Sequence[str] = ()) -> bytes:
+    """`extra`: header lines."""
     payload = json.dumps(body).encode()
     parts = urlsplit(url)
     head = (
         f"POST {parts.path}/v1/{endpoint} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+        + "".join(f"{line}\r\n" for line in extra)
+        + f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
     )
     return head.encode() + payload
 
@@ -149,14 +151,24 @@ def events(pieces: list[tuple[bytes, int]]) -> Iterator[tuple[dict[str, Any], in
                 yield json.loads(line[6:]), end
 
 
-async def served_model(url: str) -> str:
+def header_lines(options: argparse.Namespace) -> list[str]:
+    """Sterna keeps what has this purpose out of training and live metrics; other servers pass over it."""
+    lines = [f"X-Sterna-Purpose: {options.purpose}"]
+    if options.api_key is not None:
+        lines.append(f"Authorization: Bearer {options.api_key}")
+    return lines
+
+
+async def served_model(url: str, extra: Sequence[str] = ()) -> str:
     parts = urlsplit(url)
     transport, exchange = await connect(url)
-    transport.write(
-        f"GET {parts.path}/v1/models HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n".encode()
-    )
+    lines = [f"GET {parts.path}/v1/models HTTP/1.1", f"Host: {parts.netloc}", *extra, "Connection: close", "", ""]
+    transport.write("\r\n".join(lines).encode())
     await exchange.is_closed
-    return str(json.loads(exchange.raw.partition(b"\r\n\r\n")[2])["data"][0]["id"])
+    body = json.loads(exchange.raw.partition(b"\r\n\r\n")[2])
+    if "error" in body:
+        raise SystemExit(f"sse_client: {body['error']['message']}")
+    return str(body["data"][0]["id"])
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -195,11 +207,12 @@ def summarize(streams: list[Stream]) -> dict[str, object]:
 
 
 async def run_load(options: argparse.Namespace) -> list[Stream]:
-    model = options.model or await served_model(options.url)
+    extra = header_lines(options)
+    model = options.model or await served_model(options.url, extra)
     payloads = []
     for number in range(options.streams):
         endpoint, body = make_body(options, model, options.prompts_seed * 10_000 + number)
-        payloads.append(request_bytes(options.url, endpoint, body))
+        payloads.append(request_bytes(options.url, endpoint, body, extra))
     return await exchange_all(options.url, payloads, options.timeout_seconds)
 
 
@@ -213,6 +226,13 @@ def main() -> int:
     parser.add_argument("--prompt-words", type=int, default=6)
     parser.add_argument("--prompts-seed", type=int, default=0)
     parser.add_argument("--timeout-seconds", type=float, default=600.0)
+    parser.add_argument("--api-key", help="sent as a bearer token")
+    parser.add_argument(
+        "--purpose",
+        choices=("evaluation", "user"),
+        default="evaluation",
+        help="what Sterna takes the load for; evaluation needs an admin key once keys exist [evaluation]",
+    )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args()
     options.url = options.url.rstrip("/")

@@ -13,9 +13,14 @@ from quant.errors import ModelFileError
 from server.errors import SternaError, UsageError
 
 COMMANDS = {
+    "up": "serve, and learn from what is asked, under one supervisor",
     "serve": "serve a model to OpenAI clients",
     "models": "list, pull, locate and inspect models",
     "generate": "answer one prompt on the terminal",
+    "adapters": "import, compare, promote and roll back adapter versions",
+    "traces": "list, show, export, import, judge and delete what was asked and answered",
+    "keys": "create, list and revoke API keys",
+    "finetune": "learn from the log beside a running server; rounds and their reports",
     "bench": "measure the engine: prefill and decode",
 }
 

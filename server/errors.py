@@ -30,6 +30,30 @@ class ServerUnavailableError(SternaError):
     """The server is loading, draining or broken; the message says which."""
 
 
+class UpstreamError(SternaError):
+    """The server behind us refused the request: `status` and the rest are what our client is told.
+
+    `retry_after` is its Retry-After header.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+
 class AdapterError(SternaError):
     """An adapter that cannot be served, with the tensor or key and the reason."""
 

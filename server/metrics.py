@@ -1,97 +1,182 @@
 """Prometheus metrics of one server: its own registry, no process-wide state, names as vLLM's with a `sterna_` prefix.
 
-How the HTTP layer uses it (all on the event loop's thread, none of it waits):
+    metrics.watch_engine(engine.stats)                   # snapshots, read at each scrape
+    meter = metrics.start_request("chat", "tools@7", purpose="user")
+    meter.on_output(num_tokens, choice)                  # for every EngineOutput with tokens
+    meter.finish("stop", num_prompt_tokens=12)           # once; later calls do nothing
+    body, content_type = await metrics.scrape()          # GET /metrics
 
-    metrics = Metrics()
-    metrics.watch_engine(engine.stats)                   # once loaded; a callable that returns a snapshot at once
-    request = metrics.start_request("chat", model_name)  # endpoint from a fixed list, model a served name
-    request.on_output(num_tokens, choice)                # for every EngineOutput with tokens
-    request.finish("stop", num_prompt_tokens=12)         # once; later calls do nothing
-    metrics.count_response("chat", 200)                  # every answered HTTP request, errors too
-    body, content_type = metrics.render()                # GET /metrics
-
-Labels are bounded: endpoints, finish reasons and status codes come from the code, `model` only from names that are
-being served. Numbers that the engine owns are read from one snapshot when a scrape comes.
+The first argument is the label `model`: the version that answered, or the base's served name (metrics_versions.py keeps
+it bounded). What has purpose `evaluation` is left out of all that is counted by model: it goes into
+`sterna_evaluation_requests_total` and nowhere else. But for `count_tool_outcome`, which any thread may call, everything
+here is called on the event loop, and nothing waits.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
-from itertools import accumulate
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from server.engine.stats import BATCH_SIZE_BUCKETS, EngineStats
+from server.adapters.router import Arm
+from server.metrics_collectors import AdapterCollector, EngineCollector, LogCollector
+from server.metrics_families import (
+    Endpoint,
+    Families,
+    RequestOutcome,
+    ShadowOutcome,
+    SwapOutcome,
+    UnloggedReason,
+)
+from server.metrics_versions import MAX_VERSIONS
+from server.traces.record import Purpose
 
-Endpoint = Literal["chat", "completions", "tokenize", "detokenize", "models", "health", "metrics", "other"]
-RequestOutcome = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+if TYPE_CHECKING:  # snapshots of parts that `sterna generate` does not load
+    from server.adapters.residency import ResidencyStats
+    from server.adapters.service import ServiceStats
+    from server.adapters.version import Version
+    from server.engine.stats import EngineStats
+    from server.traces.feedback import Source
+    from server.traces.log_stats import LogStats
 
-# Seconds. From one decode step of a small model on a fast core to a long prompt on a slow one.
-_TTFT_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_ITL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
-_E2E_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-_TOKEN_BUCKETS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+__all__ = ["Endpoint", "Metrics", "RequestMetrics", "RequestOutcome", "ShadowOutcome", "SwapOutcome", "UnloggedReason"]
+
+
+class RequestMetrics(Protocol):
+    """The clock of one generation."""
+
+    def on_output(self, num_tokens: int, choice: int = 0) -> None:
+        """Tokens came out: the first of the request is its time to first token, a choice's next ones are gaps."""
+
+    def finish(self, reason: RequestOutcome, *, num_prompt_tokens: int) -> None:
+        """The generation ended. Only the first call counts, so that a `finally` may call it too."""
 
 
 class Metrics:
     """The metric objects of one server. Two of them can live in one process."""
 
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+    def __init__(self, *, max_versions: int = MAX_VERSIONS) -> None:
+        """`max_versions`: values of the label `model` at once."""
+        self._families = Families(max_versions)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"sterna_{name}", text, labels, registry=self.registry)
+    # -- read at a scrape ---------------------------------------------------------------------------------------------
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"sterna_{name}", text, ("model",), buckets=buckets, registry=self.registry)
-
-        self._responses = counter("http_responses", "HTTP requests answered.", "endpoint", "status")
-        self._finished = counter("request_success", "Generations ended.", "endpoint", "model", "finished_reason")
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens of ended requests.", "model")
-        self._generation_tokens = counter("generation_tokens", "Tokens generated.", "model")
-        self._ttft = histogram("time_to_first_token_seconds", "From request to first token.", _TTFT_BUCKETS)
-        self._itl = histogram("inter_token_latency_seconds", "Between two outputs of one choice.", _ITL_BUCKETS)
-        self._e2e = histogram("e2e_request_latency_seconds", "From request to last token.", _E2E_BUCKETS)
-        self._prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
-        self._output_sizes = histogram("request_generation_tokens", "Tokens generated for a request.", _TOKEN_BUCKETS)
-
-    def watch_engine(self, engine_stats: Callable[[], EngineStats]) -> None:
+    def watch_engine(self, stats: "Callable[[], EngineStats]") -> None:
         """From now on each scrape reads one snapshot. Never called (a backend elsewhere): no engine metrics."""
-        self.registry.register(_EngineCollector(engine_stats))
+        self._families.registry.register(EngineCollector(stats))
+
+    def watch_log(self, stats: "Callable[[], LogStats]") -> None:
+        self._families.registry.register(LogCollector(stats))
+
+    def watch_adapters(
+        self,
+        service: "Callable[[], ServiceStats]",
+        residency: "Callable[[], ResidencyStats]",
+        versions: "Callable[[], Iterable[Version]] | None" = None,
+    ) -> None:
+        """`versions`: all that are not deleted, to be counted by state. None: they are not counted."""
+        self._families.registry.register(AdapterCollector(service, residency, versions))
+
+    async def scrape(self) -> tuple[bytes, str]:
+        """The exposition text and its content type.
+
+        Lets others run between two families: with MAX_VERSIONS all of it takes 50 ms, which every stream would notice.
+        """
+        pieces = []
+        for family in self._families.registry.collect():
+            pieces.append(generate_latest(_Collected(family)))
+            await asyncio.sleep(0)
+        return b"".join(pieces), CONTENT_TYPE_LATEST
+
+    def render(self) -> tuple[bytes, str]:
+        """The same, at once."""
+        return generate_latest(self._families.registry), CONTENT_TYPE_LATEST
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def start_request(
+        self, endpoint: Endpoint, model: str, *, now: float | None = None, purpose: Purpose = "user"
+    ) -> RequestMetrics:
+        """`now`: time.perf_counter() of the request's arrival, if that was earlier."""
+        if purpose == "evaluation":
+            return _Evaluation(self._families, endpoint, model)
+        return _Request(self._families, endpoint, model, time.perf_counter() if now is None else now)
+
+    def count_route(self, model: str, arm: Arm, *, purpose: Purpose = "user") -> None:
+        if purpose == "user":
+            self._families.versions.child(self._families.routed, model, arm.value).inc()
+
+    def count_answer(
+        self, model: str, offered_tools: bool, num_calls: int, num_malformed: int, *, purpose: Purpose = "user"
+    ) -> None:
+        """One choice of a chat. The numbers are those of server/tools/well_formed.py: malformed ones are calls too."""
+        if purpose == "evaluation" or not offered_tools:
+            return
+        families, child = self._families, self._families.versions.child
+        child(families.answers_offered, model).inc()
+        if num_calls:
+            child(families.answers_called, model).inc()
+            child(families.tool_calls, model, "well_formed").inc(num_calls - num_malformed)
+            child(families.tool_calls, model, "malformed").inc(num_malformed)
+
+    def count_unlogged(self, reason: UnloggedReason) -> None:
+        """Whoever said no first: the settings, then the key, then the request."""
+        self._families.unlogged.labels(reason).inc()
 
     def count_response(self, endpoint: Endpoint, status: int) -> None:
         """`status` is the code that was sent; a client that left before any counts as 499."""
-        self._responses.labels(endpoint, str(status)).inc()
+        self._families.responses.labels(endpoint, str(status)).inc()
 
-    def start_request(self, endpoint: Endpoint, model: str, *, now: float | None = None) -> "RequestMetrics":
-        """`now`: time.perf_counter() of the request's arrival, if that was earlier."""
-        return RequestMetrics(self, endpoint, model, time.perf_counter() if now is None else now)
+    # -- what comes of them -------------------------------------------------------------------------------------------
 
-    def render(self) -> tuple[bytes, str]:
-        """The exposition text and its content type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+    def count_tool_outcome(self, model: str, is_error: bool) -> None:
+        """The first result of a call by `model` came back. Any thread may call."""
+        families = self._families
+        families.versions.child(families.tool_results, model, "error" if is_error else "ok").inc()
+
+    def count_feedback(self, model: str, source: "Source", score: float | None) -> None:
+        """Feedback that was new, on an answer of `model` of purpose user."""
+        families, child = self._families, self._families.versions.child
+        child(families.feedback, model, source).inc()
+        if score is not None:
+            child(families.scores, model, source).observe(score)
+
+    def count_shadow(self, outcome: ShadowOutcome) -> None:
+        """`dropped`: there were too many runs under way already."""
+        self._families.shadows.labels(outcome).inc()
+
+    def count_swap(self, outcome: SwapOutcome, seconds: float) -> None:
+        self._families.swaps.labels(outcome).observe(seconds)
 
 
-class RequestMetrics:
-    """The clock of one generation. The label children are looked up once: `on_output` runs for every step."""
+class _Collected:
+    """One family as something to collect."""
 
-    def __init__(self, metrics: Metrics, endpoint: Endpoint, model: str, start: float) -> None:
-        self._metrics: Metrics | None = metrics
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Metric]:
+        yield self._family
+
+
+class _Request:
+    """The label children are looked up once: `on_output` runs for every step."""
+
+    def __init__(self, families: Families, endpoint: Endpoint, model: str, start: float) -> None:
+        self._families: Families | None = families
         self._endpoint = endpoint
         self._model = model
         self._start = start
         self._last_output: dict[int, float] = {}  # by choice
         self._num_output_tokens = 0
-        self._ttft = metrics._ttft.labels(model)
-        self._itl = metrics._itl.labels(model)
-        self._e2e = metrics._e2e.labels(model)
-        self._generation_tokens = metrics._generation_tokens.labels(model)
+        child = families.versions.child
+        self._ttft = child(families.ttft, model)
+        self._itl = child(families.itl, model)
+        self._generation_tokens = child(families.generation_tokens, model)
 
     def on_output(self, num_tokens: int, choice: int = 0) -> None:
-        """Tokens came out: the first of the request is its time to first token, a choice's next ones are gaps."""
         now = time.perf_counter()
         last = self._last_output.get(choice)
         if last is not None:
@@ -103,52 +188,29 @@ class RequestMetrics:
         self._generation_tokens.inc(num_tokens)
 
     def finish(self, reason: RequestOutcome, *, num_prompt_tokens: int) -> None:
-        """The generation ended. Only the first call counts, so that a `finally` may call it too."""
-        metrics, self._metrics = self._metrics, None
-        if metrics is None:
+        families, self._families = self._families, None
+        if families is None:
             return
-        self._e2e.observe(time.perf_counter() - self._start)
-        metrics._finished.labels(self._endpoint, self._model, reason).inc()
-        metrics._prompt_tokens.labels(self._model).inc(num_prompt_tokens)
-        metrics._prompt_sizes.labels(self._model).observe(num_prompt_tokens)
-        metrics._output_sizes.labels(self._model).observe(self._num_output_tokens)
+        child, model = families.versions.child, self._model
+        child(families.e2e, model).observe(time.perf_counter() - self._start)
+        child(families.finished, model, self._endpoint, reason).inc()
+        child(families.prompt_tokens, model).inc(num_prompt_tokens)
+        child(families.prompt_sizes, model).observe(num_prompt_tokens)
+        child(families.output_sizes, model).observe(self._num_output_tokens)
 
 
-class _EngineCollector:
-    """Turns one engine snapshot into metric families at scrape time; totals are already monotonic."""
+class _Evaluation:
+    """Purpose evaluation: only that it happened."""
 
-    def __init__(self, engine_stats: Callable[[], EngineStats]) -> None:
-        self._engine_stats = engine_stats
+    def __init__(self, families: Families, endpoint: Endpoint, model: str) -> None:
+        self._families: Families | None = families
+        self._endpoint = endpoint
+        self._model = model
 
-    def collect(self) -> Iterator[Metric]:
-        stats = self._engine_stats()
-        total = stats.num_blocks_total
-        gauges = (
-            ("num_requests_running", "Sequences in the running batch.", stats.num_running),
-            ("num_requests_waiting", "Sequences that wait for a place.", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of KV blocks in use, 1 is all.", stats.num_blocks_used / total),
-            ("kv_cache_blocks", "KV blocks there are.", total),
-            ("kv_cache_reusable_blocks", "KV blocks that the prefix cache holds.", stats.num_blocks_cached),
-            ("num_loaded_adapters", "Adapter versions in the engine.", stats.num_adapters),
-        )
-        counters = (
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
-            ("num_preemptions", "Sequences put back to be recomputed.", stats.num_preemptions),
-            ("engine_steps", "Steps of the engine.", stats.num_steps),
-            ("engine_step_seconds", "Time spent in steps.", stats.step_seconds),
-            ("engine_step_errors", "Steps that failed.", stats.num_step_errors),
-        )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(f"sterna_{name}", text, value)
-        for name, text, value in counters:
-            yield CounterMetricFamily(f"sterna_{name}", text, value)
-        yield _batch_size_histogram(stats)
+    def on_output(self, num_tokens: int, choice: int = 0) -> None:
+        """Counts nothing."""
 
-
-def _batch_size_histogram(stats: EngineStats) -> Metric:
-    family = HistogramMetricFamily("sterna_iteration_num_seqs", "Sequences in a step.")
-    bounds = [*(str(float(bound)) for bound in BATCH_SIZE_BUCKETS), "+Inf"]
-    # The sum of sizes is not counted by the engine, and a histogram may leave it out.
-    family.add_metric([], list(zip(bounds, accumulate(stats.batch_size_counts), strict=True)), sum_value=None)
-    return family
+    def finish(self, reason: RequestOutcome, *, num_prompt_tokens: int) -> None:
+        families, self._families = self._families, None
+        if families is not None:
+            families.versions.child(families.evaluations, self._model, self._endpoint, reason).inc()

@@ -21,12 +21,16 @@ class Edit:
     reason: str
     now: datetime
 
+    def create(self, name: str) -> None:
+        """An adapter without a version."""
+        self._insert_adapter(name)
+        self._record(self._next_number(), name, None, Action.CREATE, None, None, None)
+
     def add(self, ref: VersionRef, new: NewVersion, *, is_first: bool) -> None:
-        """A new version, and with the first one its adapter."""
+        """A new version, and with the first one its adapter, if nobody made it before."""
         change = self._next_number()
         if is_first:
-            shares = {"canary_share": 0.0, "shadow_share": 0.0, "hold_back_share": 0.0}
-            self.connection.execute(insert(adapters).values(name=ref.adapter, change=0, created_at=self.now, **shares))
+            self._insert_adapter(ref.adapter)
         self.connection.execute(
             insert(versions).values(
                 adapter=ref.adapter,
@@ -46,23 +50,28 @@ class Edit:
                 is_deleted=False,
             )
         )
-        self._record(change, ref, Action.IMPORT, None, State.CANDIDATE, None)
+        self._record(change, ref.adapter, ref, Action.IMPORT, None, State.CANDIDATE, None)
 
     def move(self, version: Version, action: Action, *, share: float | None = None, **values: Any) -> None:
         """Take a step of states.py. Raises AdapterStateError when there is no such step."""
         target = target_state(version.ref, version.state, action)
         change = self._next_number()
         self._set(version, state=target.value, state_change=change, **values)
-        self._record(change, version.ref, action, version.state, target, share)
+        self._record(change, version.ref.adapter, version.ref, action, version.state, target, share)
 
     def note(self, version: Version, action: Action, *, share: float | None = None, **values: Any) -> None:
         """Record what changes no state."""
         if values:
             self._set(version, **values)
-        self._record(self._next_number(), version.ref, action, version.state, version.state, share)
+        number = self._next_number()
+        self._record(number, version.ref.adapter, version.ref, action, version.state, version.state, share)
 
     def set_shares(self, name: str, **shares: float) -> None:
         self.connection.execute(update(adapters).where(adapters.c.name == name).values(**shares))
+
+    def _insert_adapter(self, name: str) -> None:
+        shares = {"canary_share": 0.0, "shadow_share": 0.0, "hold_back_share": 0.0}
+        self.connection.execute(insert(adapters).values(name=name, change=0, created_at=self.now, **shares))
 
     def _set(self, version: Version, **values: Any) -> None:
         where = (
@@ -77,20 +86,27 @@ class Edit:
         return (self.connection.scalar(select(func.max(changes.c.number))) or 0) + 1
 
     def _record(
-        self, number: int, ref: VersionRef, action: Action, before: State | None, after: State, share: float | None
+        self,
+        number: int,
+        adapter: str,
+        ref: VersionRef | None,
+        action: Action,
+        before: State | None,
+        after: State | None,
+        share: float | None,
     ) -> None:
         self.connection.execute(
             insert(changes).values(
                 number=number,
-                adapter=ref.adapter,
-                version=ref.number,
+                adapter=adapter,
+                version=None if ref is None else ref.number,
                 action=action.value,
                 from_state=None if before is None else before.value,
-                to_state=after.value,
+                to_state=None if after is None else after.value,
                 share=share,
                 reason=self.reason,
                 asked_by=self.asked_by,
                 at=self.now,
             )
         )
-        self.connection.execute(update(adapters).where(adapters.c.name == ref.adapter).values(change=number))
+        self.connection.execute(update(adapters).where(adapters.c.name == adapter).values(change=number))

@@ -84,7 +84,7 @@ class Follower(Generic[Handle]):
             names, change = self._due(), self.change
             while True:
                 changes = await asyncio.to_thread(self._registry.changes_since, change, limit=CHANGES_AT_ONCE)
-                names.update(one.ref.adapter for one in changes)
+                names.update(one.adapter for one in changes)
                 change = changes[-1].number if changes else change
                 if len(changes) < CHANGES_AT_ONCE:
                     break

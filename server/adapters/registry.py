@@ -72,6 +72,18 @@ class Registry:
         with self._database.read() as connection:
             return [change_of(row) for row in connection.execute(query)]
 
+    # -- adapters -----------------------------------------------------------------------------------------------------
+
+    def create(self, name: str, *, asked_by: str, reason: str) -> tuple[Adapter, bool]:
+        """An adapter that the base answers for until it has a live version. One that exists is itself, and False."""
+        check_adapter_name(name)
+        cause = cause_of(asked_by, reason)
+        with self._locked() as connection:
+            found = read_adapters(connection, [name])
+            if not found:
+                Edit(connection, *cause, self._clock()).create(name)
+        return (found[0], False) if found else (self.adapter(name), True)
+
     # -- imports ------------------------------------------------------------------------------------------------------
 
     def begin_import(self, directory: str) -> None:

@@ -29,7 +29,7 @@ def read_adapter(connection: Connection, name: str) -> Adapter:
 
 def read_adapters(connection: Connection, names: Iterable[str] | None) -> list[Adapter]:
     """One statement: on PostgreSQL two could see two states."""
-    query = select(*_COLUMNS).join_from(adapters, versions).order_by(adapters.c.name, versions.c.number)
+    query = select(*_COLUMNS).outerjoin_from(adapters, versions).order_by(adapters.c.name, versions.c.number)
     if names is not None:
         # A name that nobody can have must not reach the database: PostgreSQL refuses NUL.
         query = query.where(adapters.c.name.in_([name for name in names if name.isascii() and "\0" not in name]))
@@ -43,7 +43,7 @@ def read_adapters(connection: Connection, names: Iterable[str] | None) -> list[A
             canary_share=rows[0].canary_share,
             shadow_share=rows[0].shadow_share,
             hold_back_share=rows[0].hold_back_share,
-            versions={row.number: _version(row) for row in rows},
+            versions={row.number: _version(row) for row in rows if row.number is not None},
         )
         for name, rows in grouped.items()
     ]
@@ -53,19 +53,19 @@ def version_of(adapter: Adapter, ref: VersionRef) -> Version:
     """Raises VersionNotFoundError."""
     version = adapter.versions.get(ref.number)
     if version is None:
-        raise VersionNotFoundError(
-            f"there is no version {ref}; the newest of {adapter.name} is {max(adapter.versions)}"
-        )
+        newest = f"the newest of {adapter.name} is {max(adapter.versions)}" if adapter.versions else "it has none yet"
+        raise VersionNotFoundError(f"there is no version {ref}; {newest}")
     return version
 
 
 def change_of(row: Row[Any]) -> Change:
     return Change(
         number=row.number,
-        ref=VersionRef(row.adapter, row.version),
+        adapter=row.adapter,
+        ref=None if row.version is None else VersionRef(row.adapter, row.version),
         action=Action(row.action),
         from_state=None if row.from_state is None else State(row.from_state),
-        to_state=State(row.to_state),
+        to_state=None if row.to_state is None else State(row.to_state),
         share=row.share,
         reason=row.reason,
         asked_by=row.asked_by,

@@ -51,7 +51,7 @@ def take(source: Path, target: Path, *, max_bytes: int) -> Manifest:
     except (OSError, ValueError) as error:
         raise AdapterError(f"{source}: {getattr(error, 'strerror', None) or error}") from None
     if stat.S_ISDIR(status.st_mode):
-        return _copy(_directory_files(source), target, max_bytes)
+        return _copy(directory_files(source), target, max_bytes)
     if stat.S_ISREG(status.st_mode):
         with _zip_faults(source):
             return _copy(_zip_files(source), target, max_bytes)
@@ -99,7 +99,8 @@ def check_names(source: Path, names: list[str]) -> list[str]:
     return [name for name in wanted if name in names]
 
 
-def _directory_files(source: Path) -> Generator[tuple[str, IO[bytes]], None, None]:
+def directory_files(source: Path) -> Generator[tuple[str, IO[bytes]], None, None]:
+    """The names and the opened files of an adapter's directory, those to copy only. Raises AdapterError."""
     try:
         names = check_names(source, os.listdir(source))
     except OSError as error:

@@ -23,6 +23,8 @@ class State(StrEnum):
 class Action(StrEnum):
     """Why a row of the history was written. Those below the line change no state."""
 
+    CREATE = "create"
+    """Of an adapter without a version: the base answers for it."""
     IMPORT = "import"
     SHADOW = "shadow"
     CANARY = "canary"

@@ -13,6 +13,7 @@ import re
 import shutil
 import uuid
 import zipfile
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from server.adapters.files import VersionFiles
 from server.adapters.registry import Registry
 from server.adapters.source import MANIFEST_NAME, take
 from server.adapters.states import DELETABLE
-from server.adapters.version import NewVersion, Version, VersionRef, check_adapter_name
+from server.adapters.version import Adapter, NewVersion, Version, VersionRef, check_adapter_name
 from server.engine.lora import CONFIG_NAME, TENSORS_NAME, load_adapter_files
 from server.engine.lora_types import LoraWeights
 from server.errors import AdapterError
@@ -64,8 +65,13 @@ class VersionStore:
         self.registry = registry
         self.base = base
         self._files = files
-        self._max_version_bytes = max_version_bytes
+        self.max_version_bytes = max_version_bytes
         self._clock = clock
+
+    def create(self, adapter: str, *, asked_by: str, reason: str) -> tuple[Adapter, bool]:
+        """An adapter that the base answers for until it has a live version, and whether it is new. AdapterError."""
+        self._check_name(adapter)
+        return self.registry.create(adapter, asked_by=asked_by, reason=reason)
 
     def import_version(
         self,
@@ -82,12 +88,11 @@ class VersionStore:
 
         `base_digest`: what it was trained on, if known. Raises AdapterError with the tensor or key and the reason.
         """
-        if check_adapter_name(adapter) in self.base.names:
-            raise AdapterError(f"'{adapter}' is the base model's name; an adapter needs another")
+        self._check_name(adapter)
         if parent is not None:
             self.registry.version(parent)
         with self._files.staging() as staged:
-            manifest = take(source, staged, max_bytes=self._max_version_bytes)
+            manifest = take(source, staged, max_bytes=self.max_version_bytes)
             for trained_on in (base_digest, manifest.base_digest):
                 self._check_base(str(source), trained_on)
             weights = self._validated(staged, source)
@@ -120,6 +125,10 @@ class VersionStore:
             self._files.forget(version.directory)  # a bad copy must not stay; the next load fetches again
             raise AdapterError(f"{version.ref}: {error}") from error
         return weights
+
+    def staging(self) -> AbstractContextManager[Path]:
+        """A fresh directory on the store's own disk, for what is on its way in or out; lives for an hour at most."""
+        return self._files.staging()
 
     def path(self, version: Version) -> Path:
         """A directory here with its two files, to read only."""
@@ -170,6 +179,10 @@ class VersionStore:
             beside.unlink(missing_ok=True)
             raise AdapterError(f"{target}: {error.strerror or error}") from error
         return target
+
+    def _check_name(self, adapter: str) -> None:
+        if check_adapter_name(adapter) in self.base.names:
+            raise AdapterError(f"'{adapter}' is the base model's name; an adapter needs another")
 
     def _publish(self, staged: Path, new: NewVersion, asked_by: str, reason: str) -> tuple[Version, bool]:
         self.registry.begin_import(new.directory)

@@ -86,10 +86,10 @@ changes = Table(
     # Given out under the registry's lock, so that numbers appear in their order: a poller never misses one.
     Column("number", BigInteger, primary_key=True, autoincrement=False),
     Column("adapter", String(64), nullable=False),
-    Column("version", Integer, nullable=False),
+    Column("version", Integer),  # NULL: of the adapter itself
     Column("action", String(16), nullable=False),
     Column("from_state", String(16)),
-    Column("to_state", String(16), nullable=False),
+    Column("to_state", String(16)),
     Column("share", Float),
     Column("reason", Text, nullable=False),
     Column("asked_by", Text, nullable=False),

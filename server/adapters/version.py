@@ -124,10 +124,12 @@ class Change:
 
     number: int
     """Grows by one with every change of any adapter, in the order of commit."""
-    ref: VersionRef
+    adapter: str
+    ref: VersionRef | None
+    """None: of the adapter itself."""
     action: Action
     from_state: State | None
-    to_state: State
+    to_state: State | None
     share: float | None
     """Of the traffic, where the action sets one; with a promotion the share held back."""
     reason: str

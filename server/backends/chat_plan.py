@@ -4,7 +4,7 @@ Synchronous and without state of its own, so that heavy requests are planned on 
 gets them as they are; for any other they are folded into the messages in the Hermes convention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,17 +60,8 @@ class ChatPlanner:
     def plan(self, request: ChatRequest, *, max_model_len: int) -> ChatPlan:
         """Raises InvalidRequestError for messages that the template refuses or that cannot fit `max_model_len` tokens,
         and for schemas that cannot be enforced."""
-        tools = [] if request.tool_choice == "none" else _plain_tools(request.tools)
-        kwargs = dict(request.chat_template_kwargs or {})
-        if request.reasoning_effort is not None:
-            kwargs.setdefault("reasoning_effort", request.reasoning_effort)
-        rendered = self._render(
-            request.template_messages,
-            tools,
-            continues=bool(request.continue_final_message),
-            prompts=request.add_generation_prompt,
-            kwargs=kwargs,
-        )
+        tools = _offered_tools(request)
+        rendered = self.render(request)
         refuse_hopeless(rendered, self._tokenizer, max_model_len, param="messages")
         is_thinking = opens_reasoning(rendered)
         grammar = self._grammar(request, tools, after_reasoning=is_thinking)
@@ -80,6 +71,23 @@ class ChatPlanner:
             opens_reasoning=is_thinking,
             keeps_special=bool(tools) or self._thinks_in_specials,
             make_grammar=grammar.new if grammar else None,
+        )
+
+    def render(self, request: ChatRequest, *, answer: Mapping[str, Any] | None = None) -> str:
+        """The prompt's text; with `answer`, an assistant message, the text of the conversation that it ends.
+
+        The latter is for training, which must see what serving sees. Raises InvalidRequestError.
+        """
+        kwargs = dict(request.chat_template_kwargs or {})
+        if request.reasoning_effort is not None:
+            kwargs.setdefault("reasoning_effort", request.reasoning_effort)
+        messages, is_whole = request.template_messages, answer is not None
+        return self._render(
+            [*messages, dict(answer)] if answer is not None else messages,
+            _offered_tools(request),
+            continues=bool(request.continue_final_message) and not is_whole,
+            prompts=False if is_whole else request.add_generation_prompt,
+            kwargs=kwargs,
         )
 
     def tokenize(self, request: TokenizeRequest) -> list[int]:
@@ -154,6 +162,11 @@ class ChatPlanner:
                 return make.json_schema(_schema(form), param=param, after_reasoning=after_reasoning)
             case _:
                 return None
+
+
+def _offered_tools(request: ChatRequest) -> list[dict[str, Any]]:
+    """Those that the prompt shows: none when they are switched off."""
+    return [] if request.tool_choice == "none" else _plain_tools(request.tools)
 
 
 def _plain_tools(tools: Tools | None) -> list[dict[str, Any]]:

@@ -54,7 +54,8 @@ class CompletionChoiceState:
         if self._only_echo:
             text, entries = "", []
             if reason is not None:
-                reason, self.pipe.num_tokens = "length", 0
+                reason = "length"
+                self.pipe.token_ids.clear()
         self.is_finished = reason is not None
         if text or entries or self.is_finished:
             choices.append(

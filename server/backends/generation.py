@@ -9,8 +9,10 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from server.backends.base import Call
 from server.backends.merge import TokenSource, merge
 from server.backends.text_pipe import TextPipe
+from server.engine.adapters import LoadedAdapter
 from server.engine.params import EngineOutput, Grammar, SamplingParams
 from server.metrics import RequestMetrics, RequestOutcome
 from server.openai.protocol.chunks import Usage
@@ -20,7 +22,13 @@ class TokenEngine(Protocol):
     """What the backend needs of server.engine.engine.Engine."""
 
     def submit(
-        self, token_ids: Sequence[int], params: SamplingParams, *, grammar: Grammar | None = None
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: LoadedAdapter | None = None,
+        grammar: Grammar | None = None,
+        cache_salt: bytes = b"",
     ) -> TokenSource: ...
 
     def health(self) -> str | None: ...
@@ -45,12 +53,16 @@ class Submission:
 
 
 @contextmanager
-def submitted(engine: TokenEngine, submissions: Sequence[Submission]) -> Iterator[list[TokenSource]]:
+def submitted(engine: TokenEngine, submissions: Sequence[Submission], call: Call) -> Iterator[list[TokenSource]]:
     """All sequences or none; leaving frees whatever still runs."""
     streams: list[TokenSource] = []
     try:
         for one in submissions:
-            streams.append(engine.submit(one.token_ids, one.params, grammar=one.grammar))
+            streams.append(
+                engine.submit(
+                    one.token_ids, one.params, adapter=call.handle, grammar=one.grammar, cache_salt=call.cache_salt
+                )
+            )
         yield streams
     finally:
         for stream in streams:
@@ -58,16 +70,16 @@ def submitted(engine: TokenEngine, submissions: Sequence[Submission]) -> Iterato
 
 
 @contextmanager
-def measured(meter: RequestMetrics, num_prompt_tokens: int) -> Iterator[RequestMetrics]:
-    """Records how the request ended unless `meter.finish` was called inside."""
+def measured(call: Call) -> Iterator[None]:
+    """Records how the request ended unless `call.meter.finish` was called inside."""
     outcome: RequestOutcome = "error"
     try:
-        yield meter
+        yield
     except (GeneratorExit, asyncio.CancelledError):
         outcome = "cancelled"
         raise
     finally:
-        meter.finish(outcome, num_prompt_tokens=num_prompt_tokens)
+        call.meter.finish(outcome, num_prompt_tokens=call.num_prompt_tokens)
 
 
 async def wire_choices(
@@ -92,9 +104,13 @@ async def wire_choices(
 
 
 async def best_of(
-    choices: AsyncGenerator[Any, None], states: Sequence[ChoiceState], *, num_candidates: int, num_kept: int
+    choices: AsyncGenerator[Any, None], states: Sequence[ChoiceState], call: Call, *, num_candidates: int, num_kept: int
 ) -> AsyncGenerator[Any, None]:
-    """Of every prompt's candidates the `num_kept` with the highest mean log-probability, best first, renumbered."""
+    """Of every prompt's candidates the `num_kept` with the highest mean log-probability, best first, renumbered.
+
+    The call's token ids become those of the kept ones.
+    """
+    call.completion_token_ids.clear()
     held: list[list[Any]] = [[] for _ in states]
     async for choice in choices:
         held[choice["index"]].append(choice)
@@ -106,6 +122,7 @@ async def best_of(
         for candidate in ranked[:num_kept]:
             for choice in held[candidate]:
                 yield {**choice, "index": index}
+            call.completion_token_ids.append(states[candidate].pipe.token_ids)
             index += 1
 
 

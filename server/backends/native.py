@@ -4,7 +4,7 @@ request -> prompt tokens and grammar (chat_plan.py) -> one engine sequence a cho
 reasoning and tool calls (chat_choice.py, completion_choice.py) -> chunks. What is done for every token is
 synchronous; the only await a token costs is the engine's.
 
-Not here: adapters by name (the registry comes later; `load` refuses), HTTP, and putting chunks together.
+Not here: which adapter version answers, moving versions in and out (server/adapters), HTTP, putting chunks together.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TypedDict, TypeVar
 
 from server.backends import sampling
-from server.backends.base import Health
+from server.backends.base import Call, Health, Identity
 from server.backends.chat_choice import ChatChoiceState
 from server.backends.chat_plan import ChatPlan, ChatPlanner
 from server.backends.completion_choice import CompletionChoiceState, Echo
@@ -31,8 +31,7 @@ from server.backends.generation import (
 )
 from server.backends.text_pipe import TextPipe
 from server.backends.token_text import TokenTexts
-from server.errors import AdapterError, InvalidRequestError
-from server.metrics import Metrics
+from server.errors import InvalidRequestError
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.chunks import Body, ChatChunk, ChatHead, CompletionChunk, CompletionHead
 from server.openai.protocol.completions import CompletionRequest
@@ -71,25 +70,22 @@ class NativeBackend:
         tokenizer: Tokenizer,
         planner: ChatPlanner,
         *,
-        digest: str,
+        identity: Identity,
         max_model_len: int,
         max_choices: int,
-        metrics: Metrics,
     ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._planner = planner
         self._texts = TokenTexts(tokenizer)
-        self._fingerprint = "fp_" + digest.removeprefix("sha256:")[:16]
+        self._fingerprint = "fp_" + (identity.model_digest or "").removeprefix("sha256:")[:16]
         self._max_model_len = max_model_len
         self._max_choices = max_choices
-        self._metrics = metrics
+        self.identity = identity
 
     # -- chat ---------------------------------------------------------------------------------------------------------
 
-    async def chat(self, request: ChatRequest, version: str | None) -> AsyncGenerator[ChatChunk, None]:
-        self._check_version(version)
-        arrival = time.perf_counter()
+    async def chat(self, request: ChatRequest, call: Call) -> AsyncGenerator[ChatChunk, None]:
         sampling.check_token_ids(request, self._tokenizer.vocab_size)
         plan = await self._off_loop(
             lambda: self._planner.plan(request, max_model_len=self._max_model_len),
@@ -106,16 +102,17 @@ class NativeBackend:
             )
             for index in range(num_choices)
         ]
-        head: ChatHead = {"object": "chat.completion.chunk", **self._answer_fields("chatcmpl-", request.model)}
-        num_prompt_tokens = len(plan.token_ids)
-        with submitted(self._engine, submissions) as streams:
-            meter = self._metrics.start_request("chat", request.model, now=arrival)
-            with measured(meter, num_prompt_tokens):
-                async with aclosing(wire_choices(streams, states, meter)) as choices:
+        head: ChatHead = {"object": "chat.completion.chunk", **self._answer_fields("chatcmpl-", request.model, call)}
+        with submitted(self._engine, submissions, call) as streams:
+            call.prompt_token_ids, call.num_prompt_tokens = plan.token_ids, len(plan.token_ids)
+            call.completion_token_ids = [state.pipe.token_ids for state in states]
+            call.was_constrained = plan.make_grammar is not None
+            with measured(call):
+                async with aclosing(wire_choices(streams, states, call.meter)) as choices:
                     async for choice in choices:
                         yield {**head, "choices": [choice]}
-                meter.finish(choice["finish_reason"], num_prompt_tokens=num_prompt_tokens)
-        yield {**head, "choices": [], "usage": usage_of(num_prompt_tokens, states, num_candidates=num_choices)}
+                call.meter.finish(choice["finish_reason"], num_prompt_tokens=call.num_prompt_tokens)
+        yield {**head, "choices": [], "usage": usage_of(call.num_prompt_tokens, states, num_candidates=num_choices)}
 
     def _chat_state(self, request: ChatRequest, plan: ChatPlan, index: int) -> ChatChoiceState:
         parser = None
@@ -134,9 +131,7 @@ class NativeBackend:
 
     # -- completions --------------------------------------------------------------------------------------------------
 
-    async def complete(self, request: CompletionRequest, version: str | None) -> AsyncGenerator[CompletionChunk, None]:
-        self._check_version(version)
-        arrival = time.perf_counter()
+    async def complete(self, request: CompletionRequest, call: Call) -> AsyncGenerator[CompletionChunk, None]:
         sampling.check_token_ids(request, self._tokenizer.vocab_size)
         candidates = max(request.best_of or 1, request.n or 1)
         self._check_count(len(request.prompts) * candidates)
@@ -155,19 +150,20 @@ class NativeBackend:
             for candidate in range(candidates):
                 states.append(self._completion_state(request, prompt, len(states)))
                 submissions.append(Submission(prompt.token_ids, replace(params, choice=candidate)))
-        head: CompletionHead = {"object": "text_completion", **self._answer_fields("cmpl-", request.model)}
-        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-        with submitted(self._engine, submissions) as streams:
-            meter = self._metrics.start_request("completions", request.model, now=arrival)
-            with measured(meter, num_prompt_tokens):
-                generated = wire_choices(streams, states, meter)
+        head: CompletionHead = {"object": "text_completion", **self._answer_fields("cmpl-", request.model, call)}
+        with submitted(self._engine, submissions, call) as streams:
+            call.prompt_token_ids = prompts[0].token_ids if len(prompts) == 1 else None
+            call.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            call.completion_token_ids = [state.pipe.token_ids for state in states]
+            with measured(call):
+                generated = wire_choices(streams, states, call.meter)
                 if candidates > (request.n or 1):
-                    generated = best_of(generated, states, num_candidates=candidates, num_kept=request.n or 1)
+                    generated = best_of(generated, states, call, num_candidates=candidates, num_kept=request.n or 1)
                 async with aclosing(generated) as choices:
                     async for choice in choices:
                         yield {**head, "choices": [choice]}
-                meter.finish(choice["finish_reason"], num_prompt_tokens=num_prompt_tokens)
-        yield {**head, "choices": [], "usage": usage_of(num_prompt_tokens, states, num_candidates=candidates)}
+                call.meter.finish(choice["finish_reason"], num_prompt_tokens=call.num_prompt_tokens)
+        yield {**head, "choices": [], "usage": usage_of(call.num_prompt_tokens, states, num_candidates=candidates)}
 
     def _completion_state(self, request: CompletionRequest, prompt: _Prompt, index: int) -> CompletionChoiceState:
         echo = None
@@ -192,7 +188,7 @@ class NativeBackend:
         self._check_ids(prompt, param)
         return _Prompt(prompt, self._tokenizer.decode(prompt) if request.echo else None)
 
-    # -- tokens, versions, health -------------------------------------------------------------------------------------
+    # -- tokens, health -------------------------------------------------------------------------------------
 
     async def tokenize(self, request: TokenizeRequest) -> Body:
         token_ids = await self._off_loop(
@@ -214,15 +210,6 @@ class NativeBackend:
         )
         return {"prompt": text}
 
-    async def load(self, version: str) -> None:
-        raise AdapterError(f"adapter {version} cannot be loaded: this server has no adapter registry")
-
-    async def unload(self, version: str) -> None:
-        raise AdapterError(f"adapter {version} is not loaded")
-
-    def loaded(self) -> frozenset[str]:
-        return frozenset()
-
     def health(self) -> Health:
         reason = self._engine.health()
         return Health(is_ready=reason is None, reason=reason)
@@ -232,16 +219,13 @@ class NativeBackend:
     async def _off_loop(self, work: Callable[[], Result], *, is_long: bool) -> Result:
         return await asyncio.to_thread(work) if is_long else work()
 
-    def _answer_fields(self, prefix: str, model: str) -> _AnswerFields:
+    def _answer_fields(self, prefix: str, model: str, call: Call) -> _AnswerFields:
         return {
             "id": prefix + uuid.uuid4().hex,
             "created": int(time.time()),
             "model": model,
-            "system_fingerprint": self._fingerprint,
+            "system_fingerprint": self._fingerprint + call.fingerprint,
         }
-
-    def _check_version(self, version: str | None) -> None:
-        assert version is None, "no route leads to an adapter version yet"
 
     def _check_count(self, count: int) -> None:
         if count > self._max_choices:

@@ -21,8 +21,8 @@ class TextPipe:
 
     def __init__(self, detokenizer: Detokenizer, stop_strings: Sequence[str]) -> None:
         self.finish_reason: FinishReason | None = None
-        self.num_tokens = 0
-        """Sampled tokens up to the end, the end-of-generation token included."""
+        self.token_ids: list[int] = []
+        """Sampled up to the end, the end-of-generation token included."""
         self.num_cached_tokens = 0
         """Prompt tokens that the prefix cache had when the sequence began."""
         self._sum_logprobs = 0.0
@@ -35,6 +35,10 @@ class TextPipe:
         self._pending: list[tuple[int, TokenLogprob]] = []
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
     def mean_logprob(self) -> float:
         """Over the answer's tokens, when log-probabilities were asked for; what `best_of` ranks by."""
         return self._sum_logprobs / max(self._num_logprobs, 1)
@@ -45,7 +49,7 @@ class TextPipe:
             self._has_begun = True
             self.num_cached_tokens = output.num_cached_tokens
         token_ids = output.token_ids
-        self.num_tokens += len(token_ids)
+        self.token_ids += token_ids
         if output.stop_token_id is not None:
             token_ids = token_ids[:-1]
         if output.logprobs is not None or self._stop is not None:
@@ -72,7 +76,7 @@ class TextPipe:
                 piece, stopped_by = self._stop.push(piece)
                 if stopped_by is not None:
                     self.finish_reason = "stop"
-                    self.num_tokens -= len(output.token_ids) - index - 1
+                    del self.token_ids[len(self.token_ids) - (len(output.token_ids) - index - 1) :]
                     parts.append(piece)
                     break
             parts.append(piece)

@@ -6,9 +6,12 @@ source are reported together.
 
 import argparse
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from server.config import Settings, load_settings
 from server.errors import ConfigError, UsageError
@@ -34,30 +37,62 @@ def add_settings(parser: argparse.ArgumentParser, fields: Iterable[str] | None =
     """A flag for each field (all by default) and `--config`. Flags that were not given are absent afterwards."""
     group = parser.add_argument_group("settings", "also in sterna.toml (port = 8000) and as STERNA_PORT")
     for name in fields if fields is not None else Settings.model_fields:
-        field = Settings.model_fields[name]
-        flag = "--" + name.replace("_", "-")
-        has_plain_default = field.default_factory is None and field.default is not None
-        text = (field.description or "") + (f" [{field.default}]" if has_plain_default else "")
-        if field.annotation is bool:
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        else:
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text, metavar=_metavar(name, field.annotation))
+        _add_flag(group, Settings.model_fields[name], name, "--" + name.replace("_", "-"), name)
     group.add_argument("--config", metavar="FILE", type=Path, help="a settings file [sterna.toml, if there is one]")
 
 
+def add_part_settings(
+    parser: argparse.ArgumentParser, model: type[BaseModel], part: str, *, flag_prefix: str = ""
+) -> None:
+    """A flag for each field of another part's settings (server/config.py, `merge_settings`)."""
+    group = parser.add_argument_group(
+        f"settings of {part}", f"also in the table [{part}] of sterna.toml and as STERNA_{part.upper()}_..."
+    )
+    for name, field in model.model_fields.items():
+        _add_flag(group, field, name, f"--{flag_prefix}{name}".replace("_", "-"), f"{part}_{name}")
+
+
+def part_flags(options: argparse.Namespace, model: type[BaseModel], part: str) -> dict[str, Any]:
+    """The flags of `add_part_settings` that were given, by field name."""
+    given = vars(options)
+    return {name: given[f"{part}_{name}"] for name in model.model_fields if f"{part}_{name}" in given}
+
+
+def _add_flag(group: Any, field: FieldInfo, name: str, flag: str, dest: str) -> None:
+    text = field.description or ""
+    if field.default_factory is None and field.default not in (None, ()) and not text.endswith("]"):
+        text += f" [{field.default}]"
+    if field.annotation is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text, dest=dest)
+    else:
+        group.add_argument(
+            flag, default=argparse.SUPPRESS, help=text, metavar=_metavar(name, field.annotation), dest=dest
+        )
+
+
 def parse_with_settings(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str],
+    load_part: Callable[[argparse.Namespace], object] = lambda options: None,
 ) -> tuple[argparse.Namespace, Settings]:
-    """Parse the line and merge all settings. Every problem, unknown flags included, is in one UsageError."""
+    """Parse the line and merge all settings. Every problem, unknown flags included, is in one UsageError.
+
+    `load_part` loads the settings of another part, for its problems.
+    """
     options, unknown = parser.parse_known_args(arguments)
     problems = [_unknown(parser, text) for text in unknown]
     flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    settings = None
     try:
         settings = load_settings(flags, file=options.config)
     except ConfigError as error:
-        raise UsageError("\n".join([*problems, str(error)])) from None
-    if problems:
-        raise UsageError("\n".join(problems))
+        problems.append(str(error))
+    try:
+        load_part(options)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems or settings is None:
+        raise UsageError("\n".join(dict.fromkeys(problems)))
     return options, settings
 
 

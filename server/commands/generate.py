@@ -7,7 +7,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from server.commands.arguments import Parser, add_settings, parse_with_settings
 from server.config import DEFAULT_MODEL, Settings, limit_library_threads
@@ -50,14 +50,21 @@ def _read_prompt() -> str:
 
 
 async def _generate(settings: Settings, options: argparse.Namespace, prompt: str) -> None:
+    from server.backends.base import Call
     from server.metrics import Metrics
-    from server.runtime import open_runtime
+    from server.runtime import load_model
 
     request = _request(options, prompt)
-    async with open_runtime(settings)(Metrics()) as runtime:
-        chunks = runtime.backend.complete(request, None) if options.raw else runtime.backend.chat(request, None)
-        async for text in _texts(chunks):
+    loaded = load_model(settings)
+    loaded.engine.start(asyncio.get_running_loop())
+    try:
+        kind: Literal["completions", "chat"] = "completions" if options.raw else "chat"
+        call = Call(Metrics().start_request(kind, loaded.model.name))
+        answer = loaded.backend.complete if options.raw else loaded.backend.chat
+        async for text in _texts(answer(request, call)):
             print(text, end="", flush=True)
+    finally:
+        await asyncio.to_thread(loaded.close)
     print()
 
 

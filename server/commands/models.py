@@ -9,8 +9,9 @@ from types import FrameType
 from typing import Any
 
 from server.commands.arguments import Parser, add_settings, parse_with_settings
+from server.commands.table import print_table
+from server.commands.verbs import run_verb
 from server.config import DEFAULT_MODEL, Settings
-from server.errors import UsageError
 from server.models.catalog import find_entry, load_catalog, pulled_path, resolve_model
 from server.units import format_bytes
 
@@ -29,15 +30,7 @@ example:
 
 def main(arguments: Sequence[str]) -> int:
     verbs = {"list": _list, "pull": _pull, "path": _path, "inspect": _inspect}
-    verb = arguments[0] if arguments else None
-    if verb in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    if verb not in verbs:
-        said = f"no verb {verb!r}" if verb else "a verb is missing"
-        raise UsageError(f"{said}; there are {', '.join(verbs)} (sterna models --help)")
-    verbs[verb](arguments[1:])
-    return 0
+    return run_verb("models", USAGE, verbs, arguments)
 
 
 def _list(arguments: Sequence[str]) -> None:
@@ -60,7 +53,7 @@ def _list(arguments: Sequence[str]) -> None:
     if options.json:
         print(json.dumps(rows))
         return
-    _print_table(
+    print_table(
         ("name", "architecture", "type", "size", "license", "pulled"),
         [
             (row["name"], row["architecture"], row["quantization"], format_bytes(row["size_bytes"]), row["license"],
@@ -103,9 +96,9 @@ def _inspect(arguments: Sequence[str]) -> None:
     types, tokenizer = found.pop("tensor_types"), found.pop("tokenizer")
     facts: list[tuple[Any, ...]] = [(key.replace("_", " "), value) for key, value in found.items()]
     facts += [(f"tokenizer {key.replace('_', ' ')}", value) for key, value in tokenizer.items()]
-    _print_table(None, facts)
+    print_table(None, facts)
     print()
-    _print_table(
+    print_table(
         ("tensor type", "tensors", "parameters", "size"),
         [(row["type"], row["num_tensors"], row["num_parameters"], format_bytes(row["bytes"])) for row in types],
     )
@@ -114,13 +107,6 @@ def _inspect(arguments: Sequence[str]) -> None:
 def _parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
     add_settings(parser, ["cache_dir"])
     return parse_with_settings(parser, arguments)
-
-
-def _print_table(header: tuple[str, ...] | None, rows: Sequence[tuple[Any, ...]]) -> None:
-    lines = [tuple(str(cell) for cell in row) for row in ([header] if header else []) + list(rows)]
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _exit_cleanly(signum: int, frame: FrameType | None) -> None:

@@ -60,6 +60,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _serve(settings: Settings, listener: socket.socket) -> int:
     from server.app import create_app
+    from server.openai.access import is_loopback
     from server.runtime import open_runtime
 
     failures: list[Exception] = []
@@ -70,7 +71,7 @@ async def _serve(settings: Settings, listener: socket.socket) -> int:
 
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    app = create_app(_announced(open_runtime(settings), url), on_failure=fail)
+    app = create_app(_announced(open_runtime(settings), url), is_loopback=is_loopback(settings.host), on_failure=fail)
     config = uvicorn.Config(
         app,
         http="httptools",

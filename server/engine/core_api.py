@@ -7,7 +7,7 @@ on its neighbours. Shape letters: T rows (tokens) of a step, S sequences in it, 
 Not covered: which sequences run (scheduler.py) and where their blocks lie (block_manager.py).
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,13 @@ MAX_TOP_LOGPROBS = 20  # width of out_top_*: OpenAI's limit for top_logprobs
 NO_TARGET = -1  # in `targets`: sample this row instead of scoring a given token
 NO_LOGPROBS = -1  # in `num_top`
 NO_ADAPTER = -1  # in `lora_slots`
+
+
+class Lora(Protocol):
+    """One adapter, packed as the core computes with it. Filled by any one thread, also while the core steps."""
+
+    def add(self, layer_index: int, projection: str, a: FloatArray, b: FloatArray, scale: float, /) -> None:
+        """Set one projection: `a` (r, in), `b` (out, r), rows in Hugging Face order."""
 
 
 class Core(Protocol):
@@ -125,9 +132,13 @@ class Core(Protocol):
     ) -> None:
         """`forward` then `sample` in one call."""
 
-    def load_lora(
-        self, lora_slot: int, layer_index: int, projection: str, a: FloatArray, b: FloatArray, scale: float, /
-    ) -> None:
-        """Set one projection of a slot: `a` (r, in), `b` (out, r), rows in Hugging Face order."""
+    def new_lora(self) -> Lora:
+        """An adapter without matrices, to be filled and put into a slot."""
+
+    def set_lora(self, lora_slot: int, lora: Any, /) -> None:
+        """Put what `new_lora` gave into a slot, whose content it replaces; it cannot be changed any more.
+
+        Any thread, also during a step, if no sequence of the step uses the slot.
+        """
 
     def clear_lora(self, lora_slot: int, /) -> None: ...

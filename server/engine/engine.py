@@ -18,7 +18,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future
 from functools import partial
 
-from server.engine.adapters import PROJECTIONS_PER_STEP, AdapterSlots, LoadedAdapter
+from server.engine.adapters import AdapterSlots, LoadedAdapter, pack
 from server.engine.block_manager import BlockManager
 from server.engine.core_api import Core
 from server.engine.limits import EngineLimits
@@ -94,12 +94,9 @@ class Engine:
         # Shared with callers, under the lock.
         self._lock = threading.Lock()
         self._wake = threading.Condition(self._lock)
-        self._idle = threading.Condition(self._lock)
         self._inbox: deque[Callable[[Outputs], None]] = deque()
         self._num_submitted = 0  # of them submissions
         self._next_seq_id = 0
-        self._is_idle = False  # the thread sleeps and nothing is in the inbox
-        self._is_draining = False
         self._is_stopping = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -116,21 +113,11 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="sterna-engine", daemon=True)
         self._thread.start()
 
-    def drain(self, deadline_seconds: float) -> bool:
-        """Refuse new submissions and wait for the accepted ones; False when the deadline passed. Blocks its thread."""
-        with self._lock:
-            self._is_draining = True
-            self._wake.notify()
-            if self._thread is None:
-                return True
-            return self._idle.wait_for(lambda: self._is_stopping or self._is_idle, deadline_seconds)
-
     def stop(self) -> None:
         """End whatever still runs with finish_reason "error", then the thread. Idempotent."""
         with self._lock:
             self._is_stopping = True
             self._wake.notify()
-            self._idle.notify_all()
         if self._thread is not None:
             self._thread.join()
 
@@ -142,8 +129,6 @@ class Engine:
             return "the engine has stopped"
         if not self._thread.is_alive():
             return "the engine thread died; see the log"
-        if self._is_draining:
-            return "the server is shutting down"
         if self._failures_in_a_row >= MAX_STEP_FAILURES:
             return f"the last {self._failures_in_a_row} engine steps failed; see the log"
         return None
@@ -156,9 +141,11 @@ class Engine:
         adapter: LoadedAdapter | None = None,
         grammar: Grammar | None = None,
         cache_salt: bytes = b"",
+        goes_first: bool = False,
     ) -> TokenStream:
         """Queue one sequence. Call from the event loop's thread.
 
+        `goes_first`: before all that waits, and even when the queue is full; for the server's own checks of a token.
         Raises InvalidRequestError, QueueFullError, ServerUnavailableError, AdapterError (`adapter` was unloaded).
         """
         prompt = to_token_array(token_ids, self._core.vocab_size)
@@ -167,11 +154,12 @@ class Engine:
         # Nothing but an end may follow a finished grammar, so there `ignore_eos` would only repeat the end.
         ends = frozenset() if params.ignore_eos and grammar is None else self._eog_token_ids
         with self._lock:
-            self._check_accepting()
+            self._check_accepting(is_queue_bounded=not goes_first)
             if adapter is not None and not self._adapters.acquire(adapter):
                 raise AdapterError(f"adapter {adapter.digest} is not loaded any more")
+            # The scheduler's order is that of the ids.
             seq = Sequence(
-                self._next_seq_id,
+                self._next_seq_id if not goes_first else -1 - self._next_seq_id,
                 prompt,
                 params,
                 seed=params.seed if params.seed is not None else secrets.randbits(64),
@@ -187,30 +175,38 @@ class Engine:
             self._send(partial(self._accept, seq, stream))
         return stream
 
-    def _check_accepting(self) -> None:
-        if self._thread is None or self._is_draining or self._is_stopping:
-            raise ServerUnavailableError(self.health() or "the engine is not running")
+    def _check_accepting(self, *, is_queue_bounded: bool) -> None:
+        self._check_running()
         num_waiting = self._num_submitted + len(self._scheduler.waiting)
-        if num_waiting + len(self._scheduler.running) >= self._limits.max_num_seqs + self._max_waiting:
+        num_held = num_waiting + len(self._scheduler.running)
+        if is_queue_bounded and num_held >= self._limits.max_num_seqs + self._max_waiting:
             seconds = self._finish_rate.seconds_for(num_waiting, self._clock())
             raise QueueFullError(
                 f"{num_waiting} requests are waiting already; try again in {seconds} s", retry_after_seconds=seconds
             )
 
     def load_adapter(self, weights: LoraWeights) -> LoadedAdapter:
-        """Put an adapter into a free slot while requests run on. Blocks its thread: not for the event loop's.
+        """Pack an adapter on the calling thread, and put it into a free slot, while requests run on.
 
-        Raises AdapterError when every slot is taken, ServerUnavailableError when the engine is not running.
+        Not for the event loop's thread. Raises AdapterError when the core refuses the weights or every slot is taken,
+        ServerUnavailableError when the engine is not running.
         """
-        future: Future[LoadedAdapter] = Future()
-        self._post_command(lambda outputs: self._adapters.begin_load(weights, future), must_run=True)
-        return future.result()
+        lora = pack(self._core, weights)
+        with self._lock:
+            self._check_running()
+            return self._adapters.load(lora, weights.digest)
 
     def unload_adapter(self, adapter: LoadedAdapter) -> "Future[None]":
         """Refuse new sequences on `adapter`; the future is done once its last one has ended and the slot is free."""
         future: Future[None] = Future()
-        self._post_command(lambda outputs: self._adapters.begin_unload(adapter, future), must_run=True)
+        with self._lock:
+            self._check_running()
+            self._adapters.begin_unload(adapter, future)
         return future
+
+    def _check_running(self) -> None:
+        if self._thread is None or self._is_stopping:
+            raise ServerUnavailableError(self.health() or "the engine is not running")
 
     def stats(self) -> EngineStats:
         return self._counters.snapshot(
@@ -245,17 +241,12 @@ class Engine:
     def _turn(self, outputs: Outputs) -> bool:
         """Commands, then one step if there is work. False when the engine is to stop."""
         with self._lock:
-            while not (self._inbox or self._is_stopping or self._scheduler.has_work or self._adapters.has_work):
-                self._is_idle = True
-                self._idle.notify_all()
+            while not (self._inbox or self._is_stopping or self._scheduler.has_work):
                 self._wake.wait()
-            self._is_idle = False
             if self._is_stopping:
                 return False
             while self._inbox:
                 self._inbox.popleft()(outputs)
-        if self._adapters.has_work:
-            self._adapters.work(PROJECTIONS_PER_STEP if self._scheduler.has_work else None)
         if self._scheduler.has_work:
             self._step(outputs)
         return True
@@ -302,24 +293,20 @@ class Engine:
         with self._lock:
             while self._inbox:
                 self._inbox.popleft()(outputs)
-            self._adapters.abandon(ServerUnavailableError("the engine has stopped"))
+            self._adapters.abandon()
         for seq in [*self._scheduler.running, *self._scheduler.waiting]:
             self._scheduler.end(seq, "error", outputs, "the server shut down before the answer was complete")
         self._deliver(outputs)
         self._runner.close()
 
-    def _post_command(self, command: Callable[[Outputs], None], *, must_run: bool = False) -> None:
+    def _post_command(self, command: Callable[[Outputs], None]) -> None:
         with self._lock:
-            if self._thread is None or self._is_stopping:
-                if must_run:
-                    raise ServerUnavailableError(self.health() or "the engine is not running")
-                return  # a cancellation: everything ends anyway
-            self._send(command)
+            if self._thread is not None and not self._is_stopping:  # else everything ends anyway
+                self._send(command)
 
     def _send(self, command: Callable[[Outputs], None]) -> None:
         """Under the lock."""
         self._inbox.append(command)
-        self._is_idle = False
         self._wake.notify()
 
 

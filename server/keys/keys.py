@@ -5,7 +5,6 @@ found is remembered for a few seconds, so that most requests need no query; a re
 that long to be seen. Not here: HTTP, and which route needs which scope.
 """
 
-import asyncio
 import hashlib
 import hmac
 import secrets
@@ -23,6 +22,7 @@ from server.keys.tables import api_keys
 from server.storage.clock import Clock, utc_now
 from server.storage.database import Database
 from server.storage.errors import DatabaseUnavailableError
+from server.storage.patience import Patience
 from server.traces.policy import TracePolicy
 from server.traces.text import short
 
@@ -63,11 +63,6 @@ class ApiKey:
     def is_admin(self) -> bool:
         return "admin" in self.scopes
 
-    def require(self, scope: Scope) -> None:
-        """Admin may do everything."""
-        if scope not in self.scopes and not self.is_admin:
-            raise MissingScopeError(f"The API key '{self.name}' does not have the scope '{scope}'.")
-
 
 @dataclass(frozen=True, slots=True)
 class _Cached:
@@ -76,7 +71,7 @@ class _Cached:
 
 
 class Keys:
-    """`verify` and `any_active` on the event loop; the rest wherever waiting is allowed."""
+    """`verify` and `any_exist` on the event loop; the rest wherever waiting is allowed."""
 
     def __init__(
         self, database: Database, *, clock: Clock = utc_now, monotonic: Callable[[], float] = time.monotonic
@@ -85,7 +80,8 @@ class Keys:
         self._clock = clock
         self._monotonic = monotonic
         self._cache: OrderedDict[bytes, _Cached] = OrderedDict()
-        self._any_active: tuple[bool, float] | None = None
+        self._any_exist: tuple[bool, float] | None = None
+        self._patience = Patience()
 
     def create(
         self, name: str, scopes: Iterable[str] = ("inference", "feedback"), *, trace_policy: str = "on"
@@ -103,7 +99,7 @@ class Keys:
         }
         with self._database.write() as connection:
             created = connection.execute(insert(api_keys).values(row).returning(*api_keys.c)).one()
-        self._any_active = None
+        self._any_exist = None
         return _key(created), text
 
     def list(self, *, with_revoked: bool = False) -> Sequence[ApiKey]:
@@ -124,7 +120,6 @@ class Keys:
         if row is None:
             raise KeyNotFoundError(f"There is no API key with the id '{key_id[:64]}'.")
         self._cache.clear()
-        self._any_active = None
         return _key(row)
 
     async def verify(self, text: str | None) -> ApiKey:
@@ -140,22 +135,22 @@ class Keys:
             raise InvalidKeyError("The API key is unknown or was revoked.")
         return cached.key
 
-    async def any_active(self) -> bool:
-        """Whether any key exists that is not revoked: then keys are needed even on loopback."""
+    async def any_exist(self) -> bool:
+        """Whether a key was ever made: from then on keys are needed, for a revocation must open nothing."""
         now = self._monotonic()
-        if self._any_active is None or now - self._any_active[1] > CACHE_SECONDS:
-            query = select(api_keys.c.seq).where(api_keys.c.revoked_at.is_(None)).limit(1)
+        if self._any_exist is None or not (self._any_exist[0] or now - self._any_exist[1] <= CACHE_SECONDS):
+            query = select(api_keys.c.seq).limit(1)
 
             def ask() -> bool:
                 with self._database.read() as connection:
                     return connection.scalar(query) is not None
 
             try:
-                self._any_active = (await asyncio.to_thread(ask), now)
+                self._any_exist = (await self._patience.ask(ask), now)
             except DatabaseUnavailableError:
-                if self._any_active is None or now - self._any_active[1] > STALE_SECONDS:
+                if self._any_exist is None:
                     raise
-        return self._any_active[0]
+        return self._any_exist[0]
 
     async def _ask(self, digest: bytes, now: float, stale: _Cached | None) -> _Cached:
         def ask() -> ApiKey | None:
@@ -167,7 +162,7 @@ class Keys:
             return _key(row)
 
         try:
-            found = _Cached(await asyncio.to_thread(ask), now)
+            found = _Cached(await self._patience.ask(ask), now)
         except DatabaseUnavailableError:
             if stale is not None and now - stale.asked_at <= STALE_SECONDS:
                 return stale

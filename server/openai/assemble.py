@@ -1,60 +1,110 @@
-"""One body out of the chunks of a streamed answer: the only way in which an unstreamed answer comes about.
+"""One answer out of the chunks of a streamed one: what an unstreamed request is sent, and what the trace keeps.
 
-So both are equal by construction; tests/server/openai checks it for the `openai` client's own accumulation too.
+The only way in which an unstreamed answer comes about, so both are equal by construction; tests/server/openai checks
+it for the `openai` client's own accumulation too.
 """
 
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, Protocol
 
 from server.openai.protocol.chunks import (
     Body,
     ChatChoice,
-    ChatChunk,
     CompletionChoice,
-    CompletionChunk,
     ToolCallDelta,
     Usage,
 )
 
 
-async def assemble_completion(chunks: AsyncIterator[CompletionChunk]) -> Body:
-    """A `text_completion` object."""
-    choices: dict[int, dict[str, Any]] = {}
-    head: CompletionChunk | None = None
-    usage: Usage | None = None
-    async for chunk in chunks:
-        head = head or chunk
-        usage = chunk.get("usage") or usage
+class Draft(Protocol):
+    """ChatDraft or CompletionDraft."""
+
+    @property
+    def id(self) -> str | None:
+        """Of the response; None before the first chunk."""
+
+    @property
+    def usage(self) -> Usage | None: ...
+
+    def add(self, chunk: Mapping[str, Any]) -> None: ...
+
+    def messages(self) -> list[tuple[dict[str, Any], str | None]]:
+        """Every choice so far as an assistant message, and its finish reason."""
+
+    def body(self) -> Body:
+        """The unstreamed response."""
+
+
+class CompletionDraft:
+    """A `text_completion` object in the making."""
+
+    def __init__(self) -> None:
+        self._head: Mapping[str, Any] | None = None
+        self._choices: dict[int, dict[str, Any]] = {}
+        self.usage: Usage | None = None
+
+    @property
+    def id(self) -> str | None:
+        return None if self._head is None else self._head["id"]
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        self._head = self._head or chunk
+        self.usage = chunk.get("usage") or self.usage
         for part in chunk["choices"]:
-            _add_completion(choices.setdefault(part["index"], _new_completion(part["index"])), part)
-    assert head is not None, "a backend yields at least the usage chunk"
-    return _body(head, "text_completion", choices, usage)
+            _add_completion(self._choices.setdefault(part["index"], _new_completion(part["index"])), part)
+
+    def messages(self) -> list[tuple[dict[str, Any], str | None]]:
+        return [
+            ({"role": "assistant", "content": choice["text"]}, choice["finish_reason"])
+            for _, choice in sorted(self._choices.items())
+        ]
+
+    def body(self) -> Body:
+        return _body(
+            self._head, "text_completion", [self._choices[index] for index in sorted(self._choices)], self.usage
+        )
 
 
-async def assemble_chat(chunks: AsyncIterator[ChatChunk]) -> Body:
-    """A `chat.completion` object."""
-    choices: dict[int, dict[str, Any]] = {}
-    head: ChatChunk | None = None
-    usage: Usage | None = None
-    async for chunk in chunks:
-        head = head or chunk
-        usage = chunk.get("usage") or usage
+class ChatDraft:
+    """A `chat.completion` object in the making."""
+
+    def __init__(self) -> None:
+        self._head: Mapping[str, Any] | None = None
+        self._choices: dict[int, dict[str, Any]] = {}
+        self.usage: Usage | None = None
+
+    @property
+    def id(self) -> str | None:
+        return None if self._head is None else self._head["id"]
+
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        self._head = self._head or chunk
+        self.usage = chunk.get("usage") or self.usage
         for part in chunk["choices"]:
-            _add_chat(choices.setdefault(part["index"], _new_chat(part["index"])), part)
+            _add_chat(self._choices.setdefault(part["index"], _new_chat(part["index"])), part)
+
+    def messages(self) -> list[tuple[dict[str, Any], str | None]]:
+        return [(_closed(choice["message"]), choice["finish_reason"]) for _, choice in sorted(self._choices.items())]
+
+    def body(self) -> Body:
+        choices = [{**choice, "message": _closed(choice["message"])} for _, choice in sorted(self._choices.items())]
+        return _body(self._head, "chat.completion", choices, self.usage)
+
+
+def _body(
+    head: Mapping[str, Any] | None,
+    kind: Literal["text_completion", "chat.completion"],
+    choices: list[dict[str, Any]],
+    usage: Usage | None,
+) -> Body:
     assert head is not None, "a backend yields at least the usage chunk"
-    for choice in choices.values():
-        _close_message(choice["message"])
-    return _body(head, "chat.completion", choices, usage)
-
-
-def _body(head: Any, kind: str, choices: dict[int, dict[str, Any]], usage: Usage | None) -> Body:
     return {
         "id": head["id"],
         "object": kind,
         "created": head["created"],
         "model": head["model"],
         "system_fingerprint": head["system_fingerprint"],
-        "choices": [choices[index] for index in sorted(choices)],
+        "choices": choices,
         "usage": usage,
     }
 
@@ -91,6 +141,8 @@ def _add_chat(choice: dict[str, Any], part: ChatChoice) -> None:
     message, delta = choice["message"], part["delta"]
     message["content"] += delta.get("content") or ""
     message["reasoning_content"] += delta.get("reasoning_content") or ""
+    if refusal := delta.get("refusal"):
+        message["refusal"] = (message["refusal"] or "") + refusal
     for call in delta.get("tool_calls") or ():
         _add_call(message["tool_calls"], call)
     if part["finish_reason"] is not None:
@@ -108,11 +160,9 @@ def _add_call(calls: list[dict[str, Any]], delta: ToolCallDelta) -> None:
     calls[delta["index"]]["function"]["arguments"] += function.get("arguments", "")
 
 
-def _close_message(message: dict[str, Any]) -> None:
-    """Absent parts are absent, and a message that only calls tools has null content, as OpenAI has it."""
-    if not message["reasoning_content"]:
-        del message["reasoning_content"]
-    if not message["tool_calls"]:
-        del message["tool_calls"]
-    elif not message["content"]:
-        message["content"] = None
+def _closed(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Absent parts are absent, and a message that only calls tools or refuses has null content, as OpenAI has it."""
+    closed = {key: value for key, value in message.items() if value or key not in ("reasoning_content", "tool_calls")}
+    if ("tool_calls" in closed or closed["refusal"]) and not closed["content"]:
+        closed["content"] = None
+    return closed

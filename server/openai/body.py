@@ -25,10 +25,16 @@ Model = TypeVar("Model", bound=WireModel)
 
 async def read_model(request: Request, model: type[Model]) -> Model:
     """Raises HttpError (413, 415) and InvalidRequestError."""
+    return (await read_both(request, model))[0]
+
+
+async def read_both(request: Request, model: type[Model]) -> tuple[Model, dict[str, Any]]:
+    """The checked request, and the object as the client wrote it. Raises as `read_model`."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise HttpError(415, f"Send the body as 'Content-Type: application/json', not {content_type[:80]!r}.")
-    return validate(parse(await _read(request)), model)
+    data = parse(await _read(request))
+    return validate(data, model), data
 
 
 async def _read(request: Request) -> bytes:

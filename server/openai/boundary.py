@@ -20,19 +20,29 @@ CLIENT_LEFT = 499
 _ENDPOINTS: dict[str, Endpoint] = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "completions",
-    "/v1/models": "models",
     "/tokenize": "tokenize",
     "/detokenize": "detokenize",
     "/health": "health",
     "/metrics": "metrics",
 }
+_COLLECTIONS: dict[str, Endpoint] = {
+    "models": "models",
+    "traces": "traces",
+    "episodes": "episodes",
+    "feedback": "feedback",
+    "responses": "feedback",  # only feedback by a response's id is below it
+    "adapters": "adapters",
+}
+"""By the segment after /v1/."""
 
 
 def endpoint_of(path: str) -> Endpoint:
     """A label of few values, whatever path a client makes up."""
-    if path.startswith("/v1/models/"):
-        return "models"
-    return _ENDPOINTS.get(path, "other")
+    if path in _ENDPOINTS:
+        return _ENDPOINTS[path]
+    if path.startswith("/v1/"):
+        return _COLLECTIONS.get(path.split("/", 3)[2], "other")
+    return "other"
 
 
 class Boundary:

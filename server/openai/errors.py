@@ -12,6 +12,7 @@ from http import HTTPStatus
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from server.adapters.errors import AdapterConflictError, VersionNotFoundError
 from server.errors import (
     AdapterError,
     InvalidRequestError,
@@ -19,7 +20,10 @@ from server.errors import (
     QueueFullError,
     ServerUnavailableError,
     SternaError,
+    UpstreamError,
 )
+from server.keys.keys import InvalidKeyError, KeyNotFoundError, MissingScopeError
+from server.traces.errors import FeedbackConflictError, TraceNotFoundError
 
 UNAVAILABLE_RETRY_SECONDS = 1
 """A model loads in about a second; a drained server's load balancer has moved on by then."""
@@ -63,6 +67,21 @@ def wire_error(error: Exception) -> WireError:
             return WireError(error.status, str(error), code=error.code)
         case InvalidRequestError():
             return WireError(400, str(error), param=error.param, code=error.code)
+        case InvalidKeyError():
+            headers = {"WWW-Authenticate": "Bearer"}
+            return WireError(401, str(error), code="invalid_api_key", headers=headers)
+        case MissingScopeError():
+            return WireError(403, str(error), "permission_error", code="insufficient_permissions")
+        case TraceNotFoundError():
+            return WireError(404, str(error), param=error.param, code="not_found")
+        case KeyNotFoundError():
+            return WireError(404, str(error), code="not_found")
+        case FeedbackConflictError():
+            return WireError(409, str(error), param=error.param, code="conflict")
+        case AdapterConflictError():
+            return WireError(409, str(error), code="conflict")
+        case VersionNotFoundError():
+            return WireError(404, str(error), code="version_not_found")
         case ModelNotFoundError():
             return WireError(404, str(error), param="model", code="model_not_found")
         case QueueFullError():
@@ -71,12 +90,21 @@ def wire_error(error: Exception) -> WireError:
         case ServerUnavailableError():
             headers = {"Retry-After": str(UNAVAILABLE_RETRY_SECONDS)}
             return WireError(503, str(error), "server_error", code="service_unavailable", headers=headers)
+        case UpstreamError():
+            return _from_upstream(error)
         case AdapterError():
             return WireError(400, str(error), code="invalid_adapter")
         case HTTPException():
             return _from_starlette(error)
         case _:
             return INTERNAL_ERROR
+
+
+def _from_upstream(error: UpstreamError) -> WireError:
+    """Its words; of its headers only a Retry-After that is one (seconds or a date)."""
+    wait = error.retry_after or ""
+    headers = {"Retry-After": wait} if wait.isascii() and wait.isprintable() and 0 < len(wait) < 64 else {}
+    return WireError(error.status, str(error), error.type, error.param, error.code, headers)
 
 
 def _from_starlette(error: HTTPException) -> WireError:

@@ -6,11 +6,20 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from server.admin.adapter_wire import ADAPTER_REQUESTS
+from server.admin.feedback_wire import FEEDBACK_REQUESTS
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.completions import CompletionRequest
 from server.openai.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
-_REQUESTS: tuple[type[BaseModel], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+_REQUESTS: tuple[type[BaseModel], ...] = (
+    ChatRequest,
+    CompletionRequest,
+    TokenizeRequest,
+    DetokenizeRequest,
+    *ADAPTER_REQUESTS,
+    *FEEDBACK_REQUESTS,
+)
 _REFERENCE = "#/components/schemas/{model}"
 _ERROR_SCHEMA = {
     "type": "object",

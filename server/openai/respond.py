@@ -8,7 +8,7 @@ and only notices a client that left by writing to it.
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
@@ -16,8 +16,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.errors import SternaError
+from server.openai.answer import Answer
 from server.openai.errors import wire_error
-from server.openai.protocol.chunks import Body, ChatChunk, CompletionChunk
+from server.openai.protocol.chunks import ChatChunk, CompletionChunk
 
 logger = logging.getLogger(__name__)
 
@@ -38,20 +39,19 @@ def json_response(body: Mapping[str, Any], status: int = 200) -> Response:
 
 
 class AnswerResponse(Response, Generic[Chunk]):
-    """One generation's answer. `assemble` makes the body when the request is not streamed; `under_way` counts it."""
+    """One generation's answer. `under_way` counts it."""
 
     def __init__(
         self,
-        chunks: AsyncGenerator[Chunk, None],
-        assemble: Callable[[AsyncIterator[Chunk]], Awaitable[Body]],
+        answer: Answer[Chunk],
         under_way: Callable[[], AbstractContextManager[None]],
         *,
         stream: bool,
         include_usage: bool,
     ) -> None:
         super().__init__()
-        self._chunks: AsyncGenerator[Chunk, None] = chunks
-        self._assemble: Callable[[AsyncIterator[Chunk]], Awaitable[Body]] = assemble
+        self._answer: Answer[Chunk] = answer
+        self._chunks: AsyncGenerator[Chunk, None] = answer.chunks()
         self._under_way = under_way
         self._stream = stream
         self._include_usage = include_usage
@@ -65,8 +65,11 @@ class AnswerResponse(Response, Generic[Chunk]):
                 await self._chunks.aclose()
 
     async def _send_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await self._assemble(self._chunks)
-        await json_response(body)(scope, receive, send)
+        async for _ in self._chunks:
+            pass  # the draft has it
+        response = json_response(self._answer.draft.body())
+        response.headers.update(self._answer.headers)
+        await response(scope, receive, send)
 
     async def _send_events(self, send: Send) -> None:
         has_begun = False
@@ -74,7 +77,8 @@ class AnswerResponse(Response, Generic[Chunk]):
             async for chunk in self._chunks:
                 if not has_begun:
                     has_begun = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                    headers = [*_STREAM_HEADERS, *_encoded(self._answer.headers)]
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
                 if self._include_usage:
                     chunk.setdefault("usage", None)
                 elif not chunk["choices"]:
@@ -91,6 +95,10 @@ class AnswerResponse(Response, Generic[Chunk]):
             logger.exception("a stream failed after its first chunk")
             await _send_failure(send, error)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _encoded(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
 
 async def _send_part(send: Send, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """The endpoints. Handlers read the body themselves (`body.py`), because FastAPI's own reading coerces and accepts NaN.
 
-Every handler is a few lines: read, route by model name, hand over to the backend, respond.
+Every handler is a few lines: who asks, read, hand over, respond.
 """
 
 from typing import Any
@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.backends.base import Backend
 from server.errors import ServerUnavailableError
-from server.openai.assemble import assemble_chat, assemble_completion
-from server.openai.body import read_model
+from server.openai.answer import Answer, Asked, answer_chat, answer_completion
+from server.openai.body import read_both, read_model
+from server.openai.notes import read_notes
 from server.openai.openapi import request_body
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.completions import CompletionRequest
@@ -33,53 +33,49 @@ def build_router(service: Service) -> APIRouter:
 def _add_generation(router: APIRouter, service: Service) -> None:
     @router.post("/v1/chat/completions", openapi_extra=request_body(ChatRequest))
     async def create_chat_completion(http: Request) -> Response:
-        request = await read_model(http, ChatRequest)
-        backend, version = service.backend(request.model)
-        return AnswerResponse(
-            backend.chat(request, version),
-            assemble_chat,
-            service.in_flight,
-            stream=bool(request.stream),
-            include_usage=request.wants_usage,
-        )
+        asked = await _asked(service, http, ChatRequest)
+        return _response(service, asked, answer_chat(service.parts(), asked))
 
     @router.post("/v1/completions", openapi_extra=request_body(CompletionRequest))
     async def create_completion(http: Request) -> Response:
-        request = await read_model(http, CompletionRequest)
-        backend, version = service.backend(request.model)
-        return AnswerResponse(
-            backend.complete(request, version),
-            assemble_completion,
-            service.in_flight,
-            stream=bool(request.stream),
-            include_usage=request.wants_usage,
-        )
+        asked = await _asked(service, http, CompletionRequest)
+        return _response(service, asked, answer_completion(service.parts(), asked))
+
+
+async def _asked(service: Service, http: Request, model: type[ChatRequest] | type[CompletionRequest]) -> Asked:
+    caller = (await service.access.caller(http)).require("inference")
+    request, raw = await read_both(http, model)
+    return Asked(request, raw, caller, read_notes(http.headers, caller))
+
+
+def _response(service: Service, asked: Asked, answer: Answer[Any]) -> Response:
+    request = asked.request
+    return AnswerResponse(answer, service.in_flight, stream=bool(request.stream), include_usage=request.wants_usage)
 
 
 def _add_tokens(router: APIRouter, service: Service) -> None:
     @router.post("/tokenize", openapi_extra=request_body(TokenizeRequest))
     async def tokenize(http: Request) -> Response:
+        (await service.access.caller(http)).require("inference")
         request = await read_model(http, TokenizeRequest)
-        return json_response(await _base(service, request.model).tokenize(request))
+        return json_response(await service.backend(request.model).tokenize(request))
 
     @router.post("/detokenize", openapi_extra=request_body(DetokenizeRequest))
     async def detokenize(http: Request) -> Response:
+        (await service.access.caller(http)).require("inference")
         request = await read_model(http, DetokenizeRequest)
-        return json_response(await _base(service, request.model).detokenize(request))
-
-
-def _base(service: Service, model_name: str | None) -> Backend:
-    """Tokens do not depend on an adapter."""
-    return service.backend(model_name)[0]
+        return json_response(await service.backend(request.model).detokenize(request))
 
 
 def _add_models(router: APIRouter, service: Service) -> None:
     @router.get("/v1/models")
-    async def list_models() -> Response:
-        return json_response({"object": "list", "data": [model.body() for model in service.models()]})
+    async def list_models(http: Request) -> Response:
+        await service.access.caller(http)
+        return json_response({"object": "list", "data": [model.body() for model in await service.models()]})
 
     @router.get("/v1/models/{name:path}")
-    async def retrieve_model(name: str) -> Response:
+    async def retrieve_model(http: Request, name: str) -> Response:
+        await service.access.caller(http)
         return json_response(service.model(name).body())
 
 
@@ -94,5 +90,5 @@ def _add_operations(router: APIRouter, service: Service) -> None:
 
     @router.get("/metrics")
     async def metrics() -> Response:
-        body, content_type = service.metrics.render()
+        body, content_type = await service.metrics.scrape()
         return Response(body, headers={"content-type": content_type})

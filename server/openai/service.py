@@ -1,19 +1,24 @@
-"""What one application serves with: the backend once it is loaded, the model names, and whether requests are taken.
+"""What one application serves with: backend, records and model names once loaded, and whether requests are taken.
 
 One object an application, so that two run in one process. It knows three states: loading (or failed to load), ready,
-draining. Routing from a requested model name to (backend, adapter version) happens here and nowhere else.
+draining. Not here: which adapter version answers (server/adapters/router.py, asked by answer.py).
 """
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from server.adapters.shadow import ShadowRunner
 from server.backends.base import Backend, Health
-from server.errors import ModelNotFoundError, ServerUnavailableError
+from server.errors import ServerUnavailableError
 from server.metrics import Metrics
+from server.openai.access import Access
+from server.openai.answer import Parts
 from server.openai.protocol.chunks import Body
+from server.openai.shadow import ShadowJob, with_shadows
+from server.records import Records
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +26,10 @@ class ServedModel:
     """One name in /v1/models. `root` is the model behind it; an adapter's `parent` is the base it was trained on."""
 
     name: str
-    max_model_len: int
+    max_model_len: int | None
+    """None: an upstream that does not tell."""
     root: str
     parent: str | None = None
-    version: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def body(self) -> Body:
@@ -40,15 +45,21 @@ class ServedModel:
         }
 
 
+ListModels = Callable[[], Awaitable[Sequence[ServedModel]]]
+
+
 class Service:
     """State of one application; used on its event loop only."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, *, is_loopback: bool) -> None:
         self.metrics = metrics
+        self.access = Access(lambda: self.records().keys, is_loopback=is_loopback)
         self.num_in_flight = 0
         """Generations under way."""
-        self._backend: Backend | None = None
+        self._parts: Parts | None = None
+        self._shadows: ShadowRunner[ShadowJob] | None = None
         self._models: dict[str, ServedModel] = {}
+        self._list_models: ListModels | None = None
         self._refusal: str | None = "the model is loading"
         self._is_closed = False
         self.closing = asyncio.Event()
@@ -56,9 +67,21 @@ class Service:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def open(self, backend: Backend, *models: ServedModel) -> None:
-        """The backend is loaded: take requests."""
-        self._backend = backend
+    def open(
+        self,
+        backend: Backend,
+        records: Records,
+        *models: ServedModel,
+        list_models: ListModels | None = None,
+        is_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """The backend is loaded: take requests. The first model is the base.
+
+        `list_models`: who knows them instead. `is_busy`: requests wait, so that this is no time for shadows.
+        """
+        self._list_models = list_models
+        parts = Parts(backend, records, self.metrics, models[0].name)
+        self._parts, self._shadows = with_shadows(parts, lambda: not self.is_open or is_busy())
         self._models = {model.name: model for model in models}
         if not self._is_closed:
             self._refusal = None
@@ -67,6 +90,11 @@ class Service:
         """Answer 503 with this reason from now on, for good; what is under way goes on."""
         self._refusal = reason
         self._is_closed = True
+
+    async def end_shadows(self) -> None:
+        """Cut off what runs for shadow versions; their traces say so. Before the engine stops."""
+        if self._shadows is not None:
+            await self._shadows.stop()
 
     @property
     def is_open(self) -> bool:
@@ -92,27 +120,46 @@ class Service:
     def health(self) -> Health:
         if self._refusal is not None:
             return Health(is_ready=False, reason=self._refusal)
-        return self._ready_backend().health()
+        return self.parts().backend.health()
 
-    def backend(self, model_name: str | None) -> tuple[Backend, str | None]:
-        """The backend and the adapter version that answer to a model name; None: the base model."""
-        backend = self._ready_backend()
-        if model_name is None:
-            return backend, None
-        return backend, self.model(model_name).version
+    def parts(self) -> Parts:
+        """What answers are made with. Raises ServerUnavailableError while there is nothing to answer with."""
+        if self._refusal is not None or self._parts is None:
+            raise ServerUnavailableError(f"The server is not taking requests: {self._refusal}.")
+        return self._parts
 
-    def models(self) -> list[ServedModel]:
-        self._ready_backend()
-        return list(self._models.values())
+    def records(self) -> Records:
+        """Raises ServerUnavailableError."""
+        return self.parts().records
+
+    def backend(self, model_name: str | None) -> Backend:
+        """What tokenizes for a model, which does not depend on its adapter. Raises ModelNotFoundError."""
+        if model_name is not None:
+            self.model(model_name)
+        return self.parts().backend
+
+    async def models(self) -> Sequence[ServedModel]:
+        """The base, then every adapter, each followed by its versions; in record mode what the upstream lists."""
+        if self._list_models is not None:
+            return await self._list_models()
+        return [*self._models.values(), *self._adapter_models()]
 
     def model(self, name: str) -> ServedModel:
-        self._ready_backend()
-        if name not in self._models:
-            known = ", ".join(f"'{known}'" for known in self._models)
-            raise ModelNotFoundError(f"The model '{name[:200]}' does not exist; this server has {known}.")
-        return self._models[name]
+        """Raises ModelNotFoundError."""
+        adapters = self.records().adapters
+        if name in self._models:
+            return self._models[name]
+        if adapters is None:  # an upstream may have more than it lists
+            return replace(next(iter(self._models.values())), name=name, root=name)
+        adapters.resolve(name, episode_id=None, request_id="")  # raises for an unknown one
+        return next(model for model in self._adapter_models() if model.name == name)
 
-    def _ready_backend(self) -> Backend:
-        if self._refusal is not None or self._backend is None:
-            raise ServerUnavailableError(f"The server is not taking requests: {self._refusal}.")
-        return self._backend
+    def _adapter_models(self) -> Iterator[ServedModel]:
+        adapters = self.records().adapters
+        base = next(iter(self._models.values()))
+        for routes in adapters.adapters() if adapters is not None else ():
+            created = [int(version.created_at.timestamp()) for version in routes.versions.values()]
+            yield replace(base, name=routes.name, parent=base.name, created=min(created, default=base.created))
+            for version in routes.versions.values():
+                moment = int(version.created_at.timestamp())
+                yield replace(base, name=str(version.ref), parent=base.name, created=moment)

@@ -5,6 +5,7 @@ recognized without importing Alembic (0.1 s of every start). Servers that start 
 the whole upgrade is one transaction.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -48,6 +49,7 @@ def current_revision(connection: Connection) -> str | None:
 
 def upgrade(connection: Connection, target: str) -> None:
     """In the caller's transaction."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of its own plugins at every new database
     from alembic import command
     from alembic.config import Config
 

@@ -77,7 +77,7 @@ class Tokenizer:
     def digest(self) -> str:
         """Changes when any text could be tokenized or ended differently; made when first asked for."""
         facts = {
-            "tokenizer": json.loads(self.tokenizers_json),
+            "tokenizer": hashlib.sha256(self.tokenizers_json.encode()).hexdigest(),
             "kinds": self._vocabulary.kinds.hex(),
             "prefix_space": self.has_prefix_space,
             "prefix": self._vocabulary.prefix_ids,

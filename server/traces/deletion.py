@@ -5,7 +5,7 @@ and reason, so that snapshots leave the trace out and the versions that were tra
 that the log never waits long; on SQLite the freed pages are overwritten (secure_delete).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 from sqlalchemy import ColumnElement, delete, exists, func, insert, select
@@ -30,16 +30,26 @@ class TraceDeletion:
         self._database = database
         self._clock = clock
 
-    def delete(self, viewer: Viewer, where: TraceFilter) -> list[str]:
-        """The ids of what was deleted: all that matched when it began. An empty filter is refused."""
+    def delete(
+        self, viewer: Viewer, where: TraceFilter, *, on_progress: Callable[[int], object] = lambda num_deleted: None
+    ) -> list[str]:
+        """The ids of what was deleted: all that matched when it began. An empty filter is refused.
+
+        `on_progress` hears how many more are gone, after each of the transactions.
+        """
         if where.is_empty:
             raise InvalidRequestError("say which traces to delete: a user, a key, an episode, an age or another filter")
-        deleted = self.delete_where(conditions(viewer, where), "requested")
+        deleted = self.delete_where(conditions(viewer, where), "requested", on_progress=on_progress)
         self._database.tidy()
         return deleted
 
     def delete_where(
-        self, matching: list[ColumnElement[bool]], reason: Reason, *, limit: int | None = None
+        self,
+        matching: list[ColumnElement[bool]],
+        reason: Reason,
+        *,
+        limit: int | None = None,
+        on_progress: Callable[[int], object] = lambda num_deleted: None,
     ) -> list[str]:
         """Oldest first, at most `limit`."""
         with self._database.read() as connection:
@@ -49,6 +59,7 @@ class TraceDeletion:
             size = BATCH if limit is None else min(BATCH, limit - len(deleted))
             batch = self._delete_batch([*matching, traces.c.seq <= last], reason, size)
             deleted += batch
+            on_progress(len(batch))
             if len(batch) < size:
                 break
         return deleted

@@ -8,12 +8,24 @@ move. When the two were on different sides, both end up held out: what was seen 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
 
 from server.traces.record import Side, TraceRecord
 from server.traces.sides import SideDraw
 from server.traces.tables import MAX_NAME_LENGTH, episodes, feedback, traces
 from server.traces.text import short
+
+# Statements of every commit are built once: building one takes longer than running it.
+_ROOTS = select(episodes.c.id, func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(
+    episodes.c.id.in_(bindparam("ids", expanding=True))
+)
+_FIRST_OF_GROUP = (
+    select(func.min(episodes.c.seq))
+    .where(episodes.c.group_digest.in_(bindparam("groups", expanding=True)))
+    .group_by(episodes.c.group_digest)
+)
+_KNOWN_SIDES = select(episodes.c.group_digest, episodes.c.side).where(episodes.c.seq.in_(_FIRST_OF_GROUP))
+_INSERT = insert(episodes).returning(episodes.c.id, episodes.c.seq)
 
 
 def ensure_episodes(connection: Connection, records: Sequence[TraceRecord], draw: SideDraw) -> dict[str, int]:
@@ -38,8 +50,7 @@ def ensure_episodes(connection: Connection, records: Sequence[TraceRecord], draw
 
 
 def _roots(connection: Connection, ids: Iterable[str]) -> dict[str, int]:
-    query = select(episodes.c.id, func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(episodes.c.id.in_(ids))
-    return {row[0]: row[1] for row in connection.execute(query)}
+    return {row[0]: row[1] for row in connection.execute(_ROOTS, {"ids": list(ids)})}
 
 
 def _insert(connection: Connection, firsts: Sequence[TraceRecord], draw: SideDraw) -> dict[str, int]:
@@ -57,19 +68,13 @@ def _insert(connection: Connection, firsts: Sequence[TraceRecord], draw: SideDra
         }
         for record in firsts
     ]
-    returned = connection.execute(insert(episodes).returning(episodes.c.id, episodes.c.seq), rows)
+    returned = connection.execute(_INSERT, rows)
     return {row[0]: row[1] for row in returned}
 
 
 def _known_sides(connection: Connection, groups: Iterable[bytes]) -> dict[bytes, Side]:
     """The side of the first episode of each group that has one."""
-    first = (
-        select(func.min(episodes.c.seq))
-        .where(episodes.c.group_digest.in_(list(groups)))
-        .group_by(episodes.c.group_digest)
-    )
-    query = select(episodes.c.group_digest, episodes.c.side).where(episodes.c.seq.in_(first))
-    return {bytes(group): side for group, side in connection.execute(query)}
+    return {bytes(group): side for group, side in connection.execute(_KNOWN_SIDES, {"groups": list(groups)})}
 
 
 def _merge(connection: Connection, kept: int, gone: int) -> None:

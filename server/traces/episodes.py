@@ -10,17 +10,18 @@ What this process answered lately is kept in memory, so that most requests need 
 trace although it is not committed yet (relaxed durability). Used on the event loop only; queries run on a thread.
 """
 
-import asyncio
 import hashlib
 import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 from sqlalchemy import exists, select
 
 from server.storage.database import Database
 from server.storage.errors import DatabaseUnavailableError
+from server.storage.patience import Patience
 from server.traces.digests import Anchor, Conversation, anchors_of_turn
 from server.traces.record import EpisodeRef, Purpose, TraceRecord
 from server.traces.tables import episode_anchors, episodes, traces
@@ -40,6 +41,7 @@ Candidates = Mapping[bytes, Sequence[str]]
 class Episodes:
     def __init__(self, database: Database) -> None:
         self._database = database
+        self._patience = Patience()
         self._memory: OrderedDict[bytes, list[str]] = OrderedDict()
 
     async def resolve(
@@ -47,11 +49,11 @@ class Episodes:
     ) -> EpisodeRef:
         """`name`: the value of X-Sterna-Episode. Never fails: without the database the episode is a new one."""
         if purpose != "user":
-            return _ref(_named_id(purpose + key_id, name) if name else _new_id(), conversation, is_stitched=False)
+            return _ref(named_id(purpose + key_id, name) if name else _new_id(), conversation, is_stitched=False)
         found = await self._find(conversation.anchors[-MAX_ANCHORS:])
         if name:
             if not (_OWN_ID.fullmatch(name) and await self._is_own(key_id, name)):
-                return _ref(_named_id(key_id, name), conversation, name=name, others=found)
+                return _ref(named_id(key_id, name), conversation, name=name, others=found)
             # Named by an id of ours: it is that episode, and what else the request shows is put on its side.
             return _ref(name, conversation, name=name, others=[other for other in found if other != name])
         if not found:
@@ -80,11 +82,11 @@ class Episodes:
         if found:
             return found
         try:
-            found = choose(proofs, await asyncio.to_thread(self._query_proofs, proofs))
+            found = choose(proofs, await self._patience.ask(partial(self._query_proofs, proofs)))
             if not found and hints:
                 hinted = {episode for digest in hints for episode in self._memory.get(digest, ())}
                 if len(hinted) < 2:
-                    hinted |= await asyncio.to_thread(self._query_hints, hints)
+                    hinted |= await self._patience.ask(partial(self._query_hints, hints))
                 found = list(hinted) if len(hinted) == 1 else []
         except DatabaseUnavailableError:
             return []  # the log itself reports the fault
@@ -134,7 +136,7 @@ class Episodes:
                 return connection.scalar(query) is not None
 
         try:
-            return await asyncio.to_thread(ask)
+            return await self._patience.ask(ask)
         except DatabaseUnavailableError:
             return False
 
@@ -178,7 +180,7 @@ def _new_id() -> str:
     return "ep-" + uuid.uuid4().hex
 
 
-def _named_id(key_id: str, name: str) -> str:
+def named_id(key_id: str, name: str) -> str:
     """A client's name leads to the same id on every server, and never into another key's episodes."""
     text = f"{key_id}\n{name}".encode("utf-8", "surrogatepass")
     return "ep-" + hashlib.blake2b(text, digest_size=16, person=b"episode").hexdigest()

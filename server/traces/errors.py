@@ -3,9 +3,17 @@
 from server.errors import SternaError
 
 
-class TraceNotFoundError(SternaError):
+class _OfOneItem(SternaError):
+    """`param` says which item of a batch it was."""
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class TraceNotFoundError(_OfOneItem):
     """No trace, response or episode goes by this id, it was deleted, or it belongs to another key."""
 
 
-class FeedbackConflictError(SternaError):
+class FeedbackConflictError(_OfOneItem):
     """An idempotency key that came before with another body."""

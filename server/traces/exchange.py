@@ -8,12 +8,14 @@ are never stitched to traffic, because their tool call ids are somebody else's.
 
 import hashlib
 import json
+import re
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 from sqlalchemy import func, null, select
 
 from server.errors import InvalidRequestError
@@ -29,6 +31,8 @@ from server.traces.tables import feedback, trace_contents, traces
 from server.traces.viewer import Viewer
 
 BATCH = 200
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""Half a surrogate pair, which an upstream may answer and UTF-8 cannot hold."""
 _LINE_KEYS = {"messages", "tools", "parallel_tool_calls"}
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "refusal", "weight")
 _MESSAGES: TypeAdapter[Any] = TypeAdapter(Messages)
@@ -68,7 +72,8 @@ def export_lines(
         for row in rows:
             answers = [row.correction] if row.correction else [answer["message"] for answer in row.answers]
             for answer in answers:
-                yield json.dumps(_line(row.request, answer), separators=(",", ":"), ensure_ascii=False)
+                line = json.dumps(_line(row.request, answer), separators=(",", ":"), ensure_ascii=False)
+                yield _HALF_PAIR.sub("\ufffd", line)
         if len(rows) < BATCH:
             return
         last = rows[-1].seq
@@ -122,7 +127,8 @@ def import_lines(
 
 def _checked(text: str) -> dict[str, Any]:
     try:
-        line = json.loads(text)
+        # Not json.loads, which takes NaN and half surrogate pairs: neither could be written or exported.
+        line = from_json(text.encode("utf-8", "surrogateescape"), allow_inf_nan=False)
     except ValueError as error:
         raise InvalidRequestError(f"not JSON: {error}") from None
     if not isinstance(line, dict) or not isinstance(line.get("messages"), list):

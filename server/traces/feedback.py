@@ -14,13 +14,14 @@ from datetime import datetime
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, select, update
 
 from server.errors import InvalidRequestError
 from server.openai.protocol.messages import AssistantMessage
 from server.storage.clock import Clock, utc_now
 from server.storage.database import Database
 from server.traces.errors import FeedbackConflictError, TraceNotFoundError
+from server.traces.filters import episode_seq
 from server.traces.redaction import Redactor
 from server.traces.store import LOCK
 from server.traces.tables import MAX_NAME_LENGTH, episodes, feedback, traces
@@ -51,6 +52,7 @@ class Feedback:
 class Target:
     kind: TargetKind
     id: str
+    """An episode may also go by the viewer's own name for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,8 @@ class StoredFeedback:
     feedback: Feedback
     is_new: bool = False
     """False: it had been given before."""
+    answered_by: tuple[str | None, ...] = ()
+    """Of new feedback: the versions that answered its trace or episode, for users; None is the base."""
 
 
 class FeedbackStore:
@@ -75,16 +79,27 @@ class FeedbackStore:
 
     def add(self, viewer: Viewer, target: Target, given: Feedback) -> StoredFeedback:
         """Raises InvalidRequestError, TraceNotFoundError, FeedbackConflictError."""
-        return self.add_many(viewer, [(target, given)])[0]
+        return self._add_all(viewer, {"": (target, given)})[0]
 
-    def add_many(self, viewer: Viewer, batch: Sequence[tuple[Target, Feedback]]) -> list[StoredFeedback]:
-        """All or none; the error's `param` says which item it was."""
-        if len(batch) > MAX_BATCH:
-            raise InvalidRequestError(f"at most {MAX_BATCH} items of feedback at once, got {len(batch)}")
-        for index, (target, given) in enumerate(batch):
-            _check(target, given, f"[{index}]" if len(batch) > 1 else "")
+    def add_many(self, viewer: Viewer, items: Sequence[tuple[Target, Feedback]]) -> list[StoredFeedback]:
+        """All or none; the error's `param` says which item it was: `items[2].score`."""
+        if len(items) > MAX_BATCH:
+            raise InvalidRequestError(f"at most {MAX_BATCH} items of feedback at once, got {len(items)}", param="items")
+        return self._add_all(viewer, {f"items[{index}]": item for index, item in enumerate(items)})
+
+    def _add_all(self, viewer: Viewer, items: Mapping[str, tuple[Target, Feedback]]) -> list[StoredFeedback]:
+        """`items` by where they stand, for the error."""
+        for where, (target, given) in items.items():
+            _check(target, given, where)
+        stored = []
         with self._database.write(lock=LOCK) as connection:
-            return [self._add(connection, viewer, target, given) for target, given in batch]
+            for where, (target, given) in items.items():
+                try:
+                    stored.append(self._add(connection, viewer, target, given))
+                except (TraceNotFoundError, FeedbackConflictError) as error:
+                    error.param = where or None
+                    raise
+        return stored
 
     def list_for_trace(self, viewer: Viewer, trace_id: str) -> list[StoredFeedback]:
         """Its own and its episode's, oldest first. Raises TraceNotFoundError."""
@@ -126,8 +141,16 @@ class FeedbackStore:
         connection.execute(feedback.insert().values(row))
         of_target = traces.c.episode_seq == found.episode_seq if is_for_episode else traces.c.seq == found.trace_seq
         connection.execute(update(traces).where(of_target).values(has_feedback=True))
+        answered = select(traces.c.version).where(of_target, traces.c.purpose == "user", traces.c.endpoint != "import")
         return StoredFeedback(
-            row["id"], found.trace_id, found.episode_id, viewer.key_id, row["created_at"], given, is_new=True
+            row["id"],
+            found.trace_id,
+            found.episode_id,
+            viewer.key_id,
+            row["created_at"],
+            given,
+            is_new=True,
+            answered_by=tuple(connection.scalars(answered.distinct())),
         )
 
 
@@ -141,11 +164,8 @@ class _Found:
 
 def _find(connection: Connection, viewer: Viewer, target: Target) -> _Found:
     """Raises TraceNotFoundError."""
-    wanted = short(target.id, MAX_NAME_LENGTH)
     if target.kind == "episode":
-        alias = select(func.coalesce(episodes.c.merged_into, episodes.c.seq))
-        alias = alias.where(episodes.c.id == wanted, *viewer.sees(episodes))
-        query = select(episodes.c.seq, episodes.c.id).where(episodes.c.seq == alias.scalar_subquery())
+        query = select(episodes.c.seq, episodes.c.id).where(episodes.c.seq == episode_seq(viewer, target.id))
         row = connection.execute(query).one_or_none()
         if row is not None:
             return _Found(*row)
@@ -154,7 +174,7 @@ def _find(connection: Connection, viewer: Viewer, target: Target) -> _Found:
         query4 = (
             select(episodes.c.seq, episodes.c.id, traces.c.seq, traces.c.id)
             .select_from(traces.join(episodes))
-            .where(column == wanted, *viewer.sees(traces))
+            .where(column == short(target.id, MAX_NAME_LENGTH), *viewer.sees(traces))
             .order_by(traces.c.seq.desc())  # an upstream's response ids may repeat: the latest
             .limit(1)
         )

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import cast
 
-from sqlalchemy import ColumnElement, Connection, and_, func, select, text
+from sqlalchemy import ColumnElement, Connection, func, select, text
 
+from server.traces.episodes import named_id
 from server.traces.record import Purpose, Status
 from server.traces.tables import MAX_NAME_LENGTH, episodes, traces
 from server.traces.text import short
@@ -20,11 +21,13 @@ from server.traces.viewer import Viewer
 class TraceFilter:
     """None: any. Several conditions must all hold."""
 
+    trace_id: str | None = None
     adapter: str | None = None
     version: str | None = None
     key_id: str | None = None
     user_id: str | None = None
     episode_id: str | None = None
+    """Ours, or the name that the key (`key_id`, else the viewer's) has for it."""
     purpose: Purpose | None = None
     status: Status | None = None
     since: datetime | None = None
@@ -46,6 +49,8 @@ class TraceFilter:
 def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
     """For a query on `traces`."""
     found = viewer.sees(traces)
+    if where.trace_id is not None:
+        found.append(traces.c.id == short(where.trace_id, MAX_NAME_LENGTH))
     for name in ("adapter", "version", "key_id", "user_id"):
         value = getattr(where, name)
         if value is not None:
@@ -68,15 +73,27 @@ def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
     if where.until is not None:
         found.append(traces.c.created_at < where.until)
     if where.episode_id is not None:
-        alias = select(func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(
-            and_(episodes.c.id == short(where.episode_id, MAX_NAME_LENGTH), *viewer.sees(episodes))
-        )
-        found.append(traces.c.episode_seq == alias.scalar_subquery())
+        found.append(traces.c.episode_seq == episode_seq(viewer, where.episode_id, key_id=where.key_id))
     return found
+
+
+def episode_seq(viewer: Viewer, wanted: str, *, key_id: str | None = None) -> ColumnElement[int]:
+    """The row of an episode that the viewer sees, by our id or by its key's own name; merged ones at their goal.
+
+    `key_id`: whose name it is; None: the viewer's.
+    """
+    found = select(func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(*viewer.sees(episodes))
+    by_id = found.where(episodes.c.id == short(wanted, MAX_NAME_LENGTH)).scalar_subquery()
+    by_name = found.where(
+        episodes.c.id == named_id(viewer.key_id if key_id is None else key_id, wanted)
+    ).scalar_subquery()
+    return func.coalesce(by_id, by_name)
 
 
 def sqlite_index(where: TraceFilter) -> str | None:
     """The one that leaves the fewest rows, by what the filters mean; None: SQLite may choose."""
+    if where.trace_id is not None:
+        return None
     if where.episode_id is not None:
         return "ix_traces_episode"
     if where.user_id is not None:

@@ -31,6 +31,8 @@ MAX_QUEUE = 4096
 """Records of about 10 KB: some 40 MB. At a thousand requests a second, four seconds of a stalled disk."""
 PING_SECONDS = 1.0
 """How often an idle log looks whether its database is still there, so that `check` knows before a request does."""
+STALL_SECONDS = 10.0
+"""A commit takes milliseconds, and a lock is waited for 5 s: a database that is silent for longer counts as broken."""
 FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.1, 5.0
 """Between two tries on a broken database; doubled each time."""
 
@@ -57,6 +59,7 @@ class TraceLog:
         self._is_stopping = False
         self._fault: str | None = None
         self._pause_seconds = FIRST_PAUSE_SECONDS
+        self._busy_since: float | None = None
         self._commits = CommitClock()
         self._num_dropped = 0
         self._num_failed = 0
@@ -81,8 +84,9 @@ class TraceLog:
         """Raises ServerUnavailableError when a request that starts now could not be logged. Never waits."""
         if not self._is_durable:
             return
-        if self._fault is not None:
-            raise ServerUnavailableError(f"The trace log cannot be written, so nothing is answered: {self._fault}.")
+        fault = self._present_fault()
+        if fault is not None:
+            raise ServerUnavailableError(f"The trace log cannot be written, so nothing is answered: {fault}.")
         if len(self._queue) >= self._max_queue:
             raise ServerUnavailableError("The trace log is behind: its queue is full.")
 
@@ -94,7 +98,11 @@ class TraceLog:
         waiter = asyncio.get_running_loop().create_future()
         if not self._put(_Entry(record, waiter)):
             raise ServerUnavailableError("The trace log cannot take the answer: its queue is full.")
-        await waiter
+        try:
+            async with asyncio.timeout(2 * STALL_SECONDS):  # a failure is told by the writer, a silence by nobody
+                await waiter
+        except TimeoutError:
+            raise ServerUnavailableError("The trace log cannot be written: the database does not answer.") from None
 
     def submit(self, record: TraceRecord) -> None:
         """Never fails and never waits; dropped and counted when the queue is full."""
@@ -106,7 +114,7 @@ class TraceLog:
             num_queued=len(self._queue),
             num_dropped=self._num_dropped,
             num_failed=self._num_failed,
-            fault=self._fault,
+            fault=self._present_fault(),
             commits=self._commits.snapshot(),
         )
 
@@ -120,17 +128,25 @@ class TraceLog:
             self._changed.notify()
             return True
 
+    def _present_fault(self) -> str | None:
+        since = self._busy_since
+        if self._fault is None and since is not None and time.monotonic() - since > STALL_SECONDS:
+            return f"the database has not answered for {STALL_SECONDS:g} s"
+        return self._fault
+
     # -- the writer's thread -------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         while True:
             batch, is_last = self._next_batch()
+            self._busy_since = time.monotonic()
             try:
                 self._serve(batch)
             except Exception as error:
                 logger.exception("the trace log failed on %d traces", len(batch))
                 self._num_failed += self._take(batch)
                 _settle(batch, ServerUnavailableError(f"The trace could not be written: {type(error).__name__}."))
+            self._busy_since = None
             if is_last:
                 return
 

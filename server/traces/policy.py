@@ -8,9 +8,15 @@ LOG_HEADER = "X-Sterna-Log"
 TracePolicy = Literal["on", "off"]
 
 
-def should_log(*, is_enabled: bool, key_policy: TracePolicy, header: str | None) -> bool:
-    """`header`: the value of X-Sterna-Log, "off" or "on" ("on" does not overrule the others). None: not sent."""
+def unlogged_reason(
+    *, is_enabled: bool, key_policy: TracePolicy, header: str | None
+) -> Literal["settings", "key", "request"] | None:
+    """Who said no; None: it is logged. `header`: the value of X-Sterna-Log, "off" or "on" ("on" overrules nobody)."""
     wanted = header.strip().lower() if header is not None else "on"
     if wanted not in ("on", "off"):
         raise InvalidRequestError(f"{LOG_HEADER} must be 'on' or 'off', not {wanted[:40]!r}", param=LOG_HEADER)
-    return is_enabled and key_policy == "on" and wanted == "on"
+    if not is_enabled:
+        return "settings"
+    if key_policy == "off":
+        return "key"
+    return "request" if wanted == "off" else None

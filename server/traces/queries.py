@@ -105,6 +105,8 @@ class TraceQueries:
     def list(self, viewer: Viewer, where: TraceFilter, *, limit: int = 50, before: int | None = None) -> Page:
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidRequestError(f"a page has 1 to {MAX_PAGE} traces, not {limit}", param="limit")
+        if before is not None and not 0 < before < 2**63:
+            raise InvalidRequestError(f"'before' is the next_before of a page, not {before}", param="before")
         # Two steps: which rows, from the index alone where that is enough, and then those rows.
         seqs = select(traces.c.seq).where(*conditions(viewer, where)).order_by(traces.c.seq.desc()).limit(limit + 1)
         if before is not None:

@@ -6,7 +6,7 @@ Synchronous; called by the log's thread (log.py), by import, and by tests.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,19 @@ from server.traces.episodes import answer_anchors
 from server.traces.record import TraceRecord
 from server.traces.redaction import Redactor
 from server.traces.sides import DEFAULT_HELD_OUT_SHARE, SideDraw
-from server.traces.tables import MAX_NAME_LENGTH, episode_anchors, tool_calls, trace_contents, traces
+from server.traces.tables import MAX_NAME_LENGTH, episode_anchors, tool_calls, trace_contents, trace_tombstones, traces
 from server.traces.text import short
 
 LOCK = "traces"
 """The name under which everything that writes or deletes traces takes turns."""
 ROW_BYTES = 600
 """About what a trace takes besides its contents: its narrow row, indexes and anchors (measured on SQLite)."""
+
+# Built once: building a statement takes longer than running it.
+_INSERT_TRACES = insert(traces).returning(traces.c.id, traces.c.seq, sort_by_parameter_order=True)
+_INSERT_CONTENTS = insert(trace_contents)
+_INSERT_ANCHORS = insert(episode_anchors)
+_INSERT_CALLS = insert(tool_calls)
 
 ToolOutcome = Callable[[str | None, str | None, bool], None]
 """(adapter, version, is an error) of a tool call whose result came back. Called on the writer's thread."""
@@ -53,7 +59,7 @@ class TraceStore:
     ) -> None:
         """`audit_share`: of traces marked at random for labelling, so that some labels do not depend on the answer."""
         self.database = database
-        self._redactor = redactor or Redactor()
+        self.redactor = redactor or Redactor()
         self._draw = SideDraw(database.secret("episode_sides"), held_out_share)
         self._audit_secret = database.secret("audit")
         self._audit_limit = audit_share * 2**64
@@ -90,16 +96,15 @@ class TraceStore:
     def _insert(self, connection: Connection, prepared: Sequence[_Prepared]) -> dict[str, int]:
         roots = ensure_episodes(connection, [one.record for one in prepared], self._draw)
         rows = [one.row | {"episode_seq": roots[one.record.episode.id]} for one in prepared]
-        statement = insert(traces).returning(traces.c.id, traces.c.seq, sort_by_parameter_order=True)
-        seqs: dict[str, int] = {row[0]: row[1] for row in connection.execute(statement, rows)}
+        seqs: dict[str, int] = {row[0]: row[1] for row in connection.execute(_INSERT_TRACES, rows)}
         by_seq = [(seqs[one.record.id], one) for one in prepared]
-        connection.execute(insert(trace_contents), [{"trace_seq": seq} | one.contents for seq, one in by_seq])
+        connection.execute(_INSERT_CONTENTS, [{"trace_seq": seq} | one.contents for seq, one in by_seq])
         anchors = [{"trace_seq": seq, "digest": digest} for seq, one in by_seq for digest in one.anchors]
         if anchors:
-            connection.execute(insert(episode_anchors), anchors)
+            connection.execute(_INSERT_ANCHORS, anchors)
         calls = [{"trace_seq": seq} | call for seq, one in by_seq for call in one.calls]
         if calls:
-            connection.execute(insert(tool_calls), calls)
+            connection.execute(_INSERT_CALLS, calls)
         return seqs
 
     def _prepare(self, record: TraceRecord) -> _Prepared:
@@ -124,7 +129,7 @@ class TraceStore:
                 user_id=record.user_id, session_id=record.session_id, metadata=record.metadata, error=record.error
             ),
         }
-        said, is_redacted = self._redactor.redact(said)
+        said, is_redacted = self.redactor.redact(said)
         client = said["client"]
         details = client | _without_nulls(
             model=record.model,
@@ -200,8 +205,10 @@ def _calls(record: TraceRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _known_ids(connection: Connection, ids: Iterable[str]) -> set[str]:
-    return set(connection.scalars(select(traces.c.id).where(traces.c.id.in_(ids))))
+def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
+    """Also those that were deleted: an import that is repeated does not bring back what somebody wanted gone."""
+    columns = (traces.c.id, trace_tombstones.c.id)
+    return {one for column in columns for one in connection.scalars(select(column).where(column.in_(ids)))}
 
 
 def _join_results(connection: Connection, record: TraceRecord, seq: int) -> list[tuple[str | None, str | None, bool]]:

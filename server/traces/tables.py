@@ -150,3 +150,36 @@ trace_tombstones = Table(
     Column("deleted_at", UtcDateTime, nullable=False, index=True),
     Column("reason", String(16), nullable=False),
 )
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("seq", SequenceNumber, primary_key=True),
+    Column("digest", String(80), nullable=False, unique=True),
+    Column("adapter", String(MAX_NAME_LENGTH), nullable=False),
+    Column("created_at", UtcDateTime, nullable=False),
+    sqlite_autoincrement=True,
+)
+"""The frozen datasets of training rounds (finetune/dataset/snapshot.py)."""
+
+snapshot_traces = Table(
+    "snapshot_traces",
+    metadata,
+    # No foreign key to traces: who saw a trace must be known after it was deleted. Its number is never used again.
+    Column("trace_seq", SequenceNumber, primary_key=True, autoincrement=False),
+    Column("snapshot_seq", SequenceNumber, ForeignKey("snapshots.seq"), primary_key=True, autoincrement=False),
+    Column("part", String(8), nullable=False),
+    Index("ix_snapshot_traces_snapshot_seq", "snapshot_seq"),
+    sqlite_with_rowid=False,
+)
+
+snapshot_versions = Table(
+    "snapshot_versions",
+    metadata,
+    Column("adapter", String(64), primary_key=True),
+    Column("number", Integer, primary_key=True, autoincrement=False),
+    Column("snapshot_seq", SequenceNumber, ForeignKey("snapshots.seq"), primary_key=True, autoincrement=False),
+    Index("ix_snapshot_versions_snapshot_seq", "snapshot_seq"),
+    sqlite_with_rowid=False,
+)
+"""Which snapshots a version learned from: its own, and all of the version that it was warm-started from."""

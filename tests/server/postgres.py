@@ -131,7 +131,7 @@ def database_url(request: pytest.FixtureRequest) -> str:
 
 
 @functools.cache
-def _migrated_file() -> Path:
+def migrated_file() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="sterna-sqlite-"))
     atexit.register(shutil.rmtree, folder)
     open_database(f"sqlite:///{folder}/template.db").close()
@@ -142,7 +142,7 @@ def _migrated_file() -> Path:
 def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """As `database_url`, with our tables in it: a copy, because migrating takes longer than most tests."""
     if request.param == "sqlite":
-        shutil.copy(_migrated_file(), tmp_path / "test.db")
+        shutil.copy(migrated_file(), tmp_path / "test.db")
         yield f"sqlite:///{tmp_path}/test.db"
         return
     server = cluster()

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
-from server.config import Settings, load_settings
-from server.errors import ConfigError
+from server.config import Remote, Settings, find_remote, load_settings
+from server.errors import ConfigError, UsageError
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +110,25 @@ def test_the_cache_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert Settings().cache_dir == Path("/home/someone/.cache/sterna")
+
+
+def test_where_a_command_finds_its_server() -> None:
+    environ = {"STERNA_URL": "https://models.example:8443/sterna/v1/", "STERNA_API_KEY": "sk-sterna-x"}
+    assert find_remote(environ={}) == Remote("http://127.0.0.1:8000", None)
+    assert find_remote(environ={"STERNA_URL": "", "STERNA_API_KEY": ""}) == Remote("http://127.0.0.1:8000", None)
+    assert find_remote(environ=environ) == Remote("https://models.example:8443/sterna", SecretStr("sk-sterna-x"))
+    assert find_remote("http://[::1]:80", "k", environ=environ) == Remote("http://[::1]:80", SecretStr("k"))
+    assert load_settings(environ=environ) == load_settings(environ={})  # they are no settings of a server
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x", "http://", "http://a b", "http://x?y"])
+def test_a_bad_url_is_named_with_its_source(url: str) -> None:
+    with pytest.raises(UsageError, match=r"^--url: "):
+        find_remote(url, environ={})
+    with pytest.raises(UsageError, match=r"^STERNA_URL: "):
+        find_remote(environ={"STERNA_URL": url})
+
+
+def test_a_bad_api_key_is_not_repeated() -> None:
+    with pytest.raises(UsageError, match=r"^STERNA_API_KEY: an API key has only printable ASCII$"):
+        find_remote(environ={"STERNA_API_KEY": "sk-\n"})

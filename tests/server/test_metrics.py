@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.stats import Counters, EngineStats
 from server.metrics import Metrics
+from tests.server.exposition import samples, value
 
 STATS = EngineStats(
     num_running=3,
@@ -26,15 +26,6 @@ STATS = EngineStats(
     num_finished=7,
     batch_size_counts=(1, 0, 2, 0, 0, 0, 0, 0, 0, 0),
 )
-
-
-def samples(metrics: Metrics) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
-    families = text_string_to_metric_families(metrics.render()[0].decode())
-    return {(s.name, frozenset(s.labels.items())): s.value for family in families for s in family.samples}
-
-
-def value(metrics: Metrics, name: str, **labels: str) -> float:
-    return samples(metrics)[name, frozenset(labels.items())]
 
 
 def test_a_request_is_counted_once_with_its_tokens() -> None:

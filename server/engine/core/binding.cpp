@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "core.h"
+#include "lora.h"
 #include "repack.h"
 
 namespace nb = nanobind;
@@ -196,11 +197,11 @@ void core_set_sequence(Core& core, int slot, Ints prompt_ids, Ints output_ids, f
                 static_cast<int>(output_ids.size()), vocab);
 }
 
-void core_load_lora(Core& core, int slot, int layer, const std::string& projection, Floats2 a, Floats2 b, float scale) {
+void lora_add(Lora& lora, int layer, const std::string& projection, Floats2 a, Floats2 b, float scale) {
   require(a.shape(0) == b.shape(1), "a and b differ in rank");
   nb::gil_scoped_release release;
-  core.load_lora(slot, layer, projection, a.data(), b.data(), static_cast<int>(a.shape(0)),
-                 static_cast<int>(a.shape(1)), static_cast<int>(b.shape(0)), scale);
+  lora.add(layer, projection, a.data(), b.data(), static_cast<int>(a.shape(0)), static_cast<int>(a.shape(1)),
+           static_cast<int>(b.shape(0)), scale);
 }
 
 nb::list available_isas() {
@@ -294,8 +295,10 @@ void bind_core(nb::module_& m) {
       .def("step", &core_step, "token_ids"_a.noconvert(), "seq_starts"_a.noconvert(), "seq_positions"_a.noconvert(), "block_tables"_a.noconvert(), "lora_slots"_a.noconvert(),
            "logit_rows"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
            "out_logprobs"_a.noconvert(), "out_top_ids"_a.noconvert(), "out_top_logprobs"_a.noconvert())
-      .def("load_lora", &core_load_lora, "lora_slot"_a, "layer_index"_a, "projection"_a, "a"_a, "b"_a, "scale"_a)
-      .def("clear_lora", &Core::clear_lora, "lora_slot"_a);
+      .def("new_lora", [](Core& c) { return std::make_shared<Lora>(c.shared_model()); })
+      .def("set_lora", &Core::set_lora, "lora_slot"_a, "lora"_a)
+      .def("clear_lora", [](Core& c, int slot) { c.set_lora(slot, nullptr); }, "lora_slot"_a);
+  nb::class_<Lora>(m, "Lora").def("add", &lora_add, "layer_index"_a, "projection"_a, "a"_a, "b"_a, "scale"_a);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(m
   gate_up_ = arena_.allocate_array<float>(rows * 2 * ffn_stride_);
   act_ = arena_.allocate_array<float>(rows * ffn_stride_);
   cos_sin_ = arena_.allocate_array<float>(rows * s.rope_dim);
-  lora_t_ = arena_.allocate_array<float>(rows * 3 * 64);  // ranks of up to 64, three projections at a time
+  lora_t_ = arena_.allocate_array<float>(rows * 3 * kMaxLoraRank);  // three projections at a time
   logits_ = arena_.allocate_array<float>(limits.max_logit_rows * logit_stride_);
   masks_ = arena_.allocate_array<int32_t>(static_cast<size_t>(limits.max_num_seqs) * mask_words_);
   const int64_t widest = std::max({hidden_stride_, ffn_stride_, q_stride_});
@@ -62,6 +62,7 @@ Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(m
   row_position_.resize(rows);
   lora_rows_.resize(rows);
   lora_groups_.reserve(static_cast<size_t>(limits.max_loras));
+  lora_group_of_.assign(static_cast<size_t>(limits.max_loras), -1);
   loras_.resize(static_cast<size_t>(limits.max_loras));
   sequences_.resize(static_cast<size_t>(limits.max_num_seqs));
   for (int i = 0; i < model_->team().size(); ++i) scratch_.emplace_back(s.vocab);
@@ -100,16 +101,7 @@ void Core::prepare(const Batch& b) {
   const int max_group = model_->kernels().max_group;
   group_ = b.rows == 1 ? 1 : b.rows <= 4 ? 4 : max_group;
 
-  lora_groups_.clear();
-  int used = 0;
-  for (int slot = 0; slot < limits_.max_loras; ++slot) {
-    if (!loras_[static_cast<size_t>(slot)]) continue;
-    const int begin = used;
-    for (int i = 0; i < b.seqs; ++i)
-      if (b.lora_slots[i] == slot)
-        for (int r = b.seq_starts[i]; r < b.seq_starts[i + 1]; ++r) lora_rows_[static_cast<size_t>(used++)] = r;
-    if (used > begin) lora_groups_.push_back({slot, begin, used - begin});
-  }
+  group_lora_rows(b);
 
   const int half = s.rope_dim / 2;
   for_rows(b.rows, 20 * s.rope_dim, [&](int begin, int end) {

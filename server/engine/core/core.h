@@ -5,11 +5,11 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "lora.h"
 #include "model.h"
 #include "sampler.h"
 
@@ -53,24 +53,20 @@ class Core {
               const uint8_t* use_mask, int32_t* out_tokens, float* out_logprobs, int32_t* out_top_ids,
               float* out_top_logprobs);
 
-  void load_lora(int slot, int layer, const std::string& projection, const float* a, const float* b, int rank,
-                 int in_features, int out_features, float scale);
-  void clear_lora(int slot);
+  // Null empties the slot. Any thread, also during a step, if no sequence of the step uses the slot.
+  void set_lora(int slot, std::shared_ptr<Lora> lora);
 
   Model& model() { return *model_; }
+  const std::shared_ptr<Model>& shared_model() const { return model_; }
   const CoreLimits& limits() const { return limits_; }
 
  private:
-  struct LoraPair { PackedMatrix a = {}, b = {}; float scale = 0; };
-  struct Lora {
-    Arena arena;
-    std::vector<std::array<LoraPair, kNumProjections>> layers;
-  };
   struct LoraGroup { int slot, begin, count; };  // rows lora_rows_[begin .. begin + count)
   struct Target { const PackedMatrix* w; int projection; float* out; };
 
   void check(const Batch& batch) const;
   void prepare(const Batch& batch);
+  void group_lora_rows(const Batch& batch);
   void run_layer(const Batch& batch, int index);
   void norm_quantize(const float* weight, int rows);
   void quantize(const float* x, int64_t stride, int rows, int cols);
@@ -101,7 +97,8 @@ class Core {
   int group_ = 1;
   std::vector<int32_t> row_seq_, row_position_, lora_rows_;
   std::vector<LoraGroup> lora_groups_;
-  std::vector<std::unique_ptr<Lora>> loras_;
+  std::vector<int32_t> lora_group_of_;  // by slot; -1 but inside group_lora_rows
+  std::vector<std::shared_ptr<Lora>> loras_;
   std::vector<SamplingState> sequences_;
   std::vector<SampleScratch> scratch_;
 };

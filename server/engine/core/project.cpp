@@ -86,7 +86,7 @@ void Core::matmul_targets(const float* x, int64_t x_stride, int rows, const Targ
 void Core::apply_lora(int layer, const float* x, int64_t x_stride, const Target* targets, int count, int64_t out_stride) {
   const Kernels& k = model_->kernels();
   const auto pair_of = [&](const LoraGroup& g, int t) -> const LoraPair& {
-    return loras_[static_cast<size_t>(g.slot)]->layers[static_cast<size_t>(layer)][static_cast<size_t>(targets[t].projection)];
+    return loras_[static_cast<size_t>(g.slot)]->pair(layer, targets[t].projection);
   };
   constexpr int kRows = 32;
   // Each task: one group's rows by 32, for one projection. First t = scale * A x, then out += B t, in one task: the
@@ -104,44 +104,51 @@ void Core::apply_lora(int layer, const float* x, int64_t x_stride, const Target*
       const LoraPair& p = pair_of(g, t);
       if (!p.a.q) return;
       const int32_t* rows = lora_rows_.data() + g.begin;
-      float* low = lora_t_ + t * 64;
-      k.matmul_float(p.a, x, x_stride, rows, begin, end, 0, p.a.panels, low, 3 * 64, false);
+      float* low = lora_t_ + t * kMaxLoraRank;
+      k.matmul_float(p.a, x, x_stride, rows, begin, end, 0, p.a.panels, low, 3 * kMaxLoraRank, false);
       for (int i = begin; i < end; ++i) {
-        float* row = low + static_cast<int64_t>(rows[i]) * 3 * 64;
+        float* row = low + static_cast<int64_t>(rows[i]) * 3 * kMaxLoraRank;
         for (int r = 0; r < p.a.rows; ++r) row[r] *= p.scale;
       }
-      k.matmul_float(p.b, low, 3 * 64, rows, begin, end, 0, p.b.panels, targets[t].out, out_stride, true);
+      k.matmul_float(p.b, low, 3 * kMaxLoraRank, rows, begin, end, 0, p.b.panels, targets[t].out, out_stride, true);
       return;
     }
   });
 }
 
-void Core::load_lora(int slot, int layer, const std::string& projection, const float* a, const float* b, int rank,
-                     int in_features, int out_features, float scale) {
-  const ModelShape& s = model_->shape();
-  const int p = projection_index(projection);
-  if (slot < 0 || slot >= limits_.max_loras || layer < 0 || layer >= s.num_layers || p < 0) fail("bad LoRA slot, layer or projection");
-  if (rank < 1 || rank > 64) fail("LoRA rank " + std::to_string(rank) + " is not between 1 and 64");
-  if (projection_size(s, p) != std::pair{out_features, in_features}) fail("LoRA shape does not fit " + projection);
-  auto& lora = loras_[static_cast<size_t>(slot)];
-  if (!lora) {
-    lora = std::make_unique<Lora>();
-    lora->layers.resize(static_cast<size_t>(s.num_layers));
+// Reads the slots of the batch only: others may change meanwhile.
+void Core::group_lora_rows(const Batch& b) {
+  lora_groups_.clear();
+  for (int i = 0; i < b.seqs; ++i) {
+    if (b.lora_slots[i] < 0) continue;
+    int32_t& group = lora_group_of_[static_cast<size_t>(b.lora_slots[i])];
+    if (group < 0) {
+      group = static_cast<int32_t>(lora_groups_.size());
+      lora_groups_.push_back({b.lora_slots[i], 0, 0});
+    }
+    lora_groups_[static_cast<size_t>(group)].count += b.seq_starts[i + 1] - b.seq_starts[i];
   }
-  LoraPair& pair = lora->layers[static_cast<size_t>(layer)][static_cast<size_t>(p)];
-  const auto pack = [&](const float* data, int rows, int cols) {
-    const size_t bytes = static_cast<size_t>(rows) * static_cast<size_t>(cols) * sizeof(float);
-    return Model::pack(lora->arena, model_->team(), static_cast<int>(GgmlType::F32),
-                       reinterpret_cast<const uint8_t*>(data), bytes, rows, cols, nullptr);
-  };
-  pair.a = pack(a, rank, in_features);
-  pair.b = pack(b, out_features, rank);
-  pair.scale = scale;
+  int begin = 0;
+  for (auto& g : lora_groups_) {
+    g.begin = begin;
+    begin += g.count;
+    g.count = 0;
+  }
+  for (int i = 0; i < b.seqs; ++i) {
+    if (b.lora_slots[i] < 0) continue;
+    auto& g = lora_groups_[static_cast<size_t>(lora_group_of_[static_cast<size_t>(b.lora_slots[i])])];
+    for (int r = b.seq_starts[i]; r < b.seq_starts[i + 1]; ++r) lora_rows_[static_cast<size_t>(g.begin + g.count++)] = r;
+  }
+  for (const auto& g : lora_groups_) lora_group_of_[static_cast<size_t>(g.slot)] = -1;
 }
 
-void Core::clear_lora(int slot) {
+void Core::set_lora(int slot, std::shared_ptr<Lora> lora) {
   if (slot < 0 || slot >= limits_.max_loras) fail("LoRA slot out of range");
-  loras_[static_cast<size_t>(slot)].reset();
+  if (lora) {
+    if (lora->model() != model_.get()) fail("the LoRA was made for another model");
+    lora->seal();
+  }
+  loras_[static_cast<size_t>(slot)] = std::move(lora);
 }
 
 }  // namespace sterna

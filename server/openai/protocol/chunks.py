@@ -3,6 +3,7 @@
 A chunk is built for every token of every stream, so it is a plain dict (about 1 us) and not a model (about 25 us);
 tests validate every one against the `openai` package's models. Beyond OpenAI there is `reasoning_content` only.
 A backend always ends with one chunk that has no choices and carries `usage`; the routes drop it when not asked for.
+Only upstreams have content filters and refusals, give no fingerprint, or no usage (null then).
 """
 
 from typing import Any, Literal, NotRequired, TypedDict
@@ -30,7 +31,7 @@ class CompletionChoice(TypedDict):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "content_filter"] | None
 
 
 class CompletionHead(TypedDict):
@@ -40,7 +41,7 @@ class CompletionHead(TypedDict):
     object: Literal["text_completion"]
     created: int
     model: str
-    system_fingerprint: str
+    system_fingerprint: str | None
 
 
 class CompletionChunk(CompletionHead):
@@ -78,7 +79,7 @@ class ToolCallDelta(TypedDict):
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str | None
-    refusal: None
+    refusal: str | None
     reasoning_content: str
     tool_calls: list[ToolCallDelta]
 
@@ -87,7 +88,7 @@ class ChatChoice(TypedDict):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"] | None
+    finish_reason: Literal["stop", "length", "tool_calls", "content_filter"] | None
 
 
 class ChatHead(TypedDict):
@@ -97,7 +98,7 @@ class ChatHead(TypedDict):
     object: Literal["chat.completion.chunk"]
     created: int
     model: str
-    system_fingerprint: str
+    system_fingerprint: str | None
 
 
 class ChatChunk(ChatHead):

@@ -410,3 +410,20 @@ def test_every_change_names_who_and_why(registry: Registry, text: str) -> None:
         with pytest.raises(InvalidRequestError, match=changed):
             registry.add_version(new(), **(WHO | {changed: text}))
     assert registry.latest_change() == 0
+
+
+def test_an_adapter_without_a_version(registry: Registry) -> None:
+    adapter, is_new = registry.create("tools", **WHO)
+    assert is_new
+    assert (adapter.name, adapter.versions, adapter.live, adapter.change) == ("tools", {}, None, 1)
+    assert registry.create("tools", **WHO) == (adapter, False)
+    assert [(change.adapter, change.ref, change.action.value) for change in registry.changes_since(0)] == [
+        ("tools", None, "create")
+    ]
+    with pytest.raises(VersionNotFoundError, match="it has none yet"):
+        registry.version(VersionRef("tools", 1))
+    ref = add(registry)
+    assert [one.name for one in registry.adapters()] == ["tools"]
+    assert ref == VersionRef("tools", 1)
+    with pytest.raises(AdapterError, match="no adapter name"):
+        registry.create("../tools", **WHO)

@@ -31,7 +31,7 @@ PARAMS = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
 PROMPT = list(range(40))  # more than two blocks: the prefix cache has something to mix up
 
 
-def write_version(path: Path, number: int) -> Path:
+def write_version(path: Path, number: int, strength: float = 0.3) -> Path:
     """Strong enough to change every greedy continuation."""
     rng = np.random.default_rng(number)
     tensors = {}
@@ -39,8 +39,8 @@ def write_version(path: Path, number: int) -> Path:
         for name in ("q_proj", "v_proj", "down_proj"):
             rows, columns = SHAPE.size(name)
             prefix = f"base_model.model.{module_name(layer, name)}"
-            tensors[f"{prefix}.lora_A.weight"] = (rng.standard_normal((2, columns)) * 0.3, "F32")
-            tensors[f"{prefix}.lora_B.weight"] = (rng.standard_normal((rows, 2)) * 0.3, "F32")
+            tensors[f"{prefix}.lora_A.weight"] = (rng.standard_normal((2, columns)) * strength, "F32")
+            tensors[f"{prefix}.lora_B.weight"] = (rng.standard_normal((rows, 2)) * strength, "F32")
     config = BASE_CONFIG | {"target_modules": ["q_proj", "v_proj", "down_proj"]}
     return write_adapter(path, config, tensors)
 
@@ -54,8 +54,8 @@ class World:
         self.store = VersionStore(self.registry, open_files(str(root / "store"), root / "copies"), base)
         core = TWIN.core(num_blocks=600, max_loras=max_loras)
         self.engine = Engine(core, max_model_len=256, max_waiting=99, eog_token_ids=frozenset())
-        loader = EngineLoader(self.store, self.engine)
-        residency: Residency[LoadedAdapter] = Residency(loader, max_versions=max_loras, max_bytes=1 << 30)
+        self.loader = EngineLoader(self.store, self.engine)
+        residency: Residency[LoadedAdapter] = Residency(self.loader, max_versions=max_loras, max_bytes=1 << 30)
         self.service = AdapterService(self.registry, residency, base_names=["base"], poll_seconds=0.01)
 
     async def generate(self, model: str, request_id: str) -> tuple[str, tuple[int, ...]]:

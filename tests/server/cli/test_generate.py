@@ -3,7 +3,6 @@
 import io
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from server import cli, runtime
+from server.backends.base import Call
 from server.config import Settings
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.completions import CompletionRequest
@@ -23,7 +23,7 @@ class ScriptedBackend:
         self.requests: list[ChatRequest | CompletionRequest] = []
         self.settings: Settings | None = None
 
-    async def chat(self, request: ChatRequest, version: str | None) -> AsyncIterator[dict[str, Any]]:
+    async def chat(self, request: ChatRequest, call: Call) -> AsyncIterator[dict[str, Any]]:
         self.requests.append(request)
         for delta in (
             {"role": "assistant", "content": ""},
@@ -34,7 +34,7 @@ class ScriptedBackend:
             yield {"choices": [{"index": 0, "delta": delta}]}
         yield {"choices": [], "usage": {}}
 
-    async def complete(self, request: CompletionRequest, version: str | None) -> AsyncIterator[dict[str, Any]]:
+    async def complete(self, request: CompletionRequest, call: Call) -> AsyncIterator[dict[str, Any]]:
         self.requests.append(request)
         for text in ("in ", "Rome"):
             yield {"choices": [{"index": 0, "text": text}]}
@@ -45,16 +45,14 @@ class ScriptedBackend:
 def backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScriptedBackend:
     backend = ScriptedBackend()
 
-    def open_runtime(settings: Settings) -> Any:
+    def load_model(settings: Settings) -> Any:
         backend.settings = settings
+        engine = SimpleNamespace(start=lambda loop: None)
+        return SimpleNamespace(
+            backend=backend, engine=engine, model=SimpleNamespace(name="scripted"), close=lambda: None
+        )
 
-        @asynccontextmanager
-        async def opened(metrics: object) -> AsyncIterator[SimpleNamespace]:
-            yield SimpleNamespace(backend=backend)
-
-        return opened
-
-    monkeypatch.setattr(runtime, "open_runtime", open_runtime)
+    monkeypatch.setattr(runtime, "load_model", load_model)
     monkeypatch.chdir(tmp_path)
     return backend
 

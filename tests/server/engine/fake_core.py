@@ -91,8 +91,8 @@ class FakeCore:
     gate: threading.Event | None = None
     """When given, every forward call waits for it: the test decides when the engine's step ends."""
     steps: list[StepRecord] = field(default_factory=list)
-    lora_calls: list[tuple] = field(default_factory=list)
-    """(slot, layer, projection, steps made before)"""
+    lora_threads: set[str] = field(default_factory=set)
+    """Those that packed an adapter or filled a slot."""
     threads: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -233,26 +233,38 @@ class FakeCore:
         bits = np.unpackbits(self.masks[slot].view(np.uint8), bitorder="little")
         return bits[: self.vocab_size].astype(bool)
 
-    def load_lora(self, lora_slot, layer_index, projection, a, b, scale) -> None:
+    def new_lora(self) -> "FakeLora":
+        self.lora_threads.add(threading.current_thread().name)
+        return FakeLora()
+
+    def set_lora(self, lora_slot, lora) -> None:
         assert 0 <= lora_slot < self.max_loras
-        if not np.isfinite(scale):
-            raise ValueError("scale is not finite")
-        self.lora_calls.append((lora_slot, layer_index, projection, len(self.steps)))
-        content = blake2b(
-            f"{self.loras.get(lora_slot, '')}/{layer_index}/{projection}/{scale}".encode() + a.tobytes() + b.tobytes()
-        )
-        self.loras[lora_slot] = content.hexdigest()
+        self.loras[lora_slot] = lora.content
+        self.lora_threads.add(threading.current_thread().name)
 
     def clear_lora(self, lora_slot) -> None:
         self.loras.pop(lora_slot, None)
 
 
+class FakeLora:
+    """`content` is what sets it apart."""
+
+    def __init__(self) -> None:
+        self.content = ""
+
+    def add(self, layer_index, projection, a, b, scale) -> None:
+        if not np.isfinite(scale):
+            raise ValueError("scale is not finite")
+        told = f"{self.content}/{layer_index}/{projection}/{scale}".encode()
+        self.content = blake2b(told + a.tobytes() + b.tobytes()).hexdigest()
+
+
 def lora_content(weights) -> str:
     """What `FakeCore` makes of these weights: the identity that its cells carry."""
-    core = FakeCore()
+    lora = FakeLora()
     for part in weights.projections:
-        core.load_lora(0, part.layer, part.projection, part.a, part.b, part.scale)
-    return core.loras[0]
+        lora.add(part.layer, part.projection, part.a, part.b, part.scale)
+    return lora.content
 
 
 def reference_tokens(

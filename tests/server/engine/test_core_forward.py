@@ -1,5 +1,7 @@
 """The C++ forward pass against its NumPy twin, and the promise that a row never depends on the batch around it."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -85,8 +87,10 @@ def _random_lora(shape: Shape, rank: int, seed: int, names: tuple[str, ...] = PR
 
 
 def _load(core: "_sterna.Core", slot: int, lora: dict) -> None:
+    packed = core.new_lora()
     for (layer, name), (a, b, scale) in lora.items():
-        core.load_lora(slot, layer, name, a, b, scale)
+        packed.add(layer, name, a, b, scale)
+    core.set_lora(slot, packed)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -108,6 +112,48 @@ def test_lora_on_one_projection(projection: str) -> None:
     _load(core, 0, lora)
     ids = np.random.default_rng(1).integers(0, 101, 40).astype(np.int32)
     assert_close(run(core, [(ids, 0, range(3), 0)])[0], twin.logits(ids, lora))
+
+
+def test_adapters_come_and_go_in_other_slots_while_the_core_steps() -> None:
+    twin = Twin(Shape())
+    core = twin.core(threads=2)
+    _load(core, 1, _random_lora(twin.shape, 8, 1))
+    sequences = [(np.arange(40), 0, range(3), 1), (np.arange(9), 0, range(3, 5), -1)]
+    expected = run(core, sequences)
+    new = _random_lora(twin.shape, 16, 2)
+    is_over = threading.Event()
+
+    def load_again_and_again() -> None:
+        while not is_over.is_set():
+            for slot in (0, 2):
+                _load(core, slot, new)
+            core.clear_lora(0)
+
+    loader = threading.Thread(target=load_again_and_again)
+    loader.start()
+    for _ in range(50):
+        for got, rows in zip(run(core, sequences), expected, strict=True):
+            assert np.array_equal(got, rows)
+    is_over.set()
+    loader.join()
+
+
+def test_a_lora_in_a_slot_is_read_only_and_belongs_to_its_core() -> None:
+    twin = Twin(Shape())
+    core, other = twin.core(), twin.core()
+    packed, one = core.new_lora(), np.ones((1, 64), np.float32)
+    packed.add(0, "q_proj", one, one.T.copy(), 1.0)
+    core.set_lora(1, packed)
+    with pytest.raises(ValueError, match="cannot be changed"):
+        packed.add(1, "q_proj", one, one.T.copy(), 1.0)
+    with pytest.raises(ValueError, match="another model"):
+        other.set_lora(1, packed)
+    for slot in (-1, 4):
+        with pytest.raises(ValueError, match="out of range"):
+            core.set_lora(slot, packed)
+    for bad in ((2, "q_proj", one, one.T.copy()), (0, "lm_head", one, one.T.copy()), (0, "q_proj", one, one)):
+        with pytest.raises(ValueError, match=r"LoRA|rank"):
+            core.new_lora().add(*bad, 1.0)
 
 
 @pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.Q8_0], ids=lambda k: k.name)

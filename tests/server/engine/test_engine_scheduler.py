@@ -11,7 +11,7 @@ from server.engine.adapters import LoadedAdapter
 from server.engine.params import SamplingParams
 from server.engine.sequence import SequenceState
 from tests.server.engine.driver import Driver
-from tests.server.engine.fake_core import FakeCore, reference_prompt_logprobs
+from tests.server.engine.fake_core import FakeCore, FakeLora, reference_prompt_logprobs
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 SEEDED = SamplingParams(
@@ -148,11 +148,16 @@ def test_waiting_for_a_prefix_is_bounded():
     assert driver.tokens(follower) == driver.expected(follower)
 
 
+def packed(scale: float) -> FakeLora:
+    lora = FakeLora()
+    lora.add(0, "q_proj", np.ones((1, 1), np.float32), np.ones((1, 1), np.float32), scale)
+    return lora
+
+
 def test_adapters_and_salts_never_share_blocks():
     driver = Driver()
-    weights = np.ones((1, 1), np.float32)
-    driver.core.load_lora(0, 0, "q_proj", weights, weights, 1.0)
-    driver.core.load_lora(1, 0, "q_proj", weights, weights, 2.0)
+    driver.core.set_lora(0, packed(1.0))
+    driver.core.set_lora(1, packed(2.0))
     first, second = LoadedAdapter(0, "sha256:1"), LoadedAdapter(1, "sha256:2")
     text = prompt(6, 33)
     runs = [
@@ -172,13 +177,12 @@ def test_adapters_and_salts_never_share_blocks():
 
 def test_a_new_version_in_an_old_slot_starts_cold():
     driver = Driver()
-    weights = np.ones((1, 1), np.float32)
     text = prompt(7, 33)
-    driver.core.load_lora(0, 0, "q_proj", weights, weights, 1.0)
+    driver.core.set_lora(0, packed(1.0))
     old = driver.add(text, GREEDY, adapter=LoadedAdapter(0, "sha256:old"))
     driver.run()
     driver.core.clear_lora(0)
-    driver.core.load_lora(0, 0, "q_proj", weights, weights, 5.0)
+    driver.core.set_lora(0, packed(5.0))
     new = driver.add(text, GREEDY, adapter=LoadedAdapter(0, "sha256:new"))
     driver.run()
     assert driver.result(new).num_cached_tokens == 0

@@ -16,6 +16,7 @@ import pytest
 import _sterna
 from quant.formats import GGMLType
 from quant.model_file import ModelFile, open_model
+from server.engine.adapters import pack
 from server.engine.lora import load_adapter_files
 from server.engine.lora_types import PROJECTIONS
 from server.engine.weights import load_core
@@ -85,9 +86,7 @@ def make_core(file: ModelFile) -> "_sterna.Core":
 def logits_served(core: "_sterna.Core", file: ModelFile, folder: Path | None, ids: np.ndarray) -> np.ndarray:
     """Through our loader and the core; `folder` None is without adapter."""
     if folder is not None:
-        core.clear_lora(2)
-        for part in load_adapter_files(folder, file.config).projections:
-            core.load_lora(2, part.layer, part.projection, part.a, part.b, part.scale)
+        core.set_lora(2, pack(core, load_adapter_files(folder, file.config)))
     return np.concatenate(list(core_logits(core, ids, lora_slot=-1 if folder is None else 2)))
 
 

@@ -6,11 +6,14 @@ token ids and how they are cut into outputs. Outputs arrive one per turn of the 
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
+from server.engine.adapters import LoadedAdapter
+from server.engine.lora_types import LoraWeights
 from server.engine.params import EngineOutput, Grammar, SamplingParams, TokenLogprob
 from server.engine.stream import TokenStream
 from server.errors import QueueFullError
@@ -71,6 +74,8 @@ class Submitted:
     params: SamplingParams
     grammar: Grammar | None
     is_cancelled: bool = False
+    adapter: LoadedAdapter | None = None
+    cache_salt: bytes = b""
 
 
 @dataclass
@@ -84,11 +89,17 @@ class ScriptedEngine:
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def submit(
-        self, token_ids: Sequence[int], params: SamplingParams, *, grammar: Grammar | None = None
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        adapter: LoadedAdapter | None = None,
+        grammar: Grammar | None = None,
+        cache_salt: bytes = b"",
     ) -> TokenStream:
         if self.is_full:
             raise QueueFullError("64 requests are waiting already", retry_after_seconds=7)
-        record = Submitted(list(token_ids), params, grammar)
+        record = Submitted(list(token_ids), params, grammar, adapter=adapter, cache_salt=cache_salt)
         self.submitted.append(record)
         stream = TokenStream(lambda: self._cancel(record))
         task = asyncio.get_running_loop().create_task(self._play(record, stream))
@@ -99,6 +110,14 @@ class ScriptedEngine:
     def _cancel(self, record: Submitted) -> None:
         record.is_cancelled = True
         self.on_cancel()
+
+    def load_adapter(self, weights: LoraWeights) -> LoadedAdapter:
+        return LoadedAdapter(0, weights.digest)
+
+    def unload_adapter(self, adapter: LoadedAdapter) -> "Future[None]":
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
 
     def health(self) -> str | None:
         return self.unhealthy

@@ -10,8 +10,7 @@ from fastapi import FastAPI
 from server.app import Runtime, create_app
 from server.errors import ConfigError
 from server.metrics import Metrics
-from server.openai.service import ServedModel
-from tests.server.openai.harness import MODEL, asgi_client, async_test, build_backend, no_stats, serving
+from tests.server.openai.harness import MODEL, asgi_client, async_test, scripted_runtime, serving
 from tests.server.openai.scripted import Answer, ScriptedEngine, byte_tokenizer
 
 BODY = {"model": MODEL, "prompt": "hi"}
@@ -21,11 +20,11 @@ def slow_app(may_load: asyncio.Event, closed: list[str]) -> FastAPI:
     @asynccontextmanager
     async def open_runtime(metrics: Metrics) -> AsyncIterator[Runtime]:
         await may_load.wait()
-        backend = build_backend(ScriptedEngine(byte_tokenizer()), metrics)
-        yield Runtime(backend, (ServedModel(MODEL, 2048, root=MODEL),), no_stats)
+        async with scripted_runtime(ScriptedEngine(byte_tokenizer()), metrics) as runtime:
+            yield runtime
         closed.append("runtime")
 
-    return create_app(open_runtime)
+    return create_app(open_runtime, is_loopback=True)
 
 
 @async_test
@@ -36,8 +35,8 @@ async def test_listens_while_loading_and_closes_the_runtime_at_the_end() -> None
         early = [await http.get("/health"), await http.get("/v1/models"), await http.post("/v1/completions", json=BODY)]
         metrics = await http.get("/metrics")
         may_load.set()
-        while not app.state.service.is_open:  # noqa: ASYNC110 - a turn or two of the loop
-            await asyncio.sleep(0)
+        while not app.state.service.is_open:  # noqa: ASYNC110 - the records open on a thread
+            await asyncio.sleep(0.001)
         healthy = await http.get("/health")
         assert closed == []
     assert [response.status_code for response in early] == [503, 503, 503]
@@ -56,7 +55,7 @@ async def test_a_model_that_cannot_be_loaded_is_reported() -> None:
         yield  # makes it a generator
 
     failures: list[Exception] = []
-    app = create_app(open_runtime, on_failure=failures.append)
+    app = create_app(open_runtime, is_loopback=True, on_failure=failures.append)
     async with app.router.lifespan_context(app), asgi_client(app) as http:
         while not failures:  # noqa: ASYNC110 - a turn or two of the loop
             await asyncio.sleep(0)

@@ -4,17 +4,15 @@ import asyncio
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
-from server.app import Runtime, create_app
-from server.metrics import Metrics
-from server.openai.service import ServedModel
-from tests.server.openai.harness import MODEL, async_test, build_backend, no_stats, say, serving
+from server.app import create_app
+from tests.server.openai.harness import MODEL, async_test, say, scripted_runtime, serving
 from tests.server.openai.scripted import Answer, ScriptedEngine, byte_tokenizer
 
 BODY = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
@@ -96,18 +94,14 @@ async def test_a_cancelled_request_task_frees_its_work() -> None:
 def uvicorn_server(engine: ScriptedEngine) -> Iterator[str]:
     """The application behind a real uvicorn in a thread, on a port of the system's choice."""
 
-    @asynccontextmanager
-    async def open_runtime(metrics: Metrics) -> Any:
-        yield Runtime(build_backend(engine, metrics), (ServedModel(MODEL, 2048, root=MODEL),), no_stats)
-
-    app = create_app(open_runtime)
+    app = create_app(lambda metrics: scripted_runtime(engine, metrics), is_loopback=True)
     started = threading.Event()
 
     class Announcing(uvicorn.Server):
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             while not app.state.service.is_open:  # noqa: ASYNC110 - a few turns of the loop
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
             started.set()
 
     server = Announcing(uvicorn.Config(app, port=0, log_config=None, ws="none"))

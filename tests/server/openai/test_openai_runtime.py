@@ -44,7 +44,7 @@ def settings(model: Path, **fields: Any) -> Settings:
 
 @asynccontextmanager
 async def serving(model: Path, **fields: Any) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(open_runtime(settings(model, **fields)))
+    app = create_app(open_runtime(settings(model, **fields)), is_loopback=True)
     async with app.router.lifespan_context(app), asgi_client(app) as http:
         while not app.state.service.is_open:  # noqa: ASYNC110 - the model loads on a thread
             await asyncio.sleep(0.001)
@@ -153,7 +153,7 @@ async def test_a_chat_template_file_replaces_the_models(model: Path, tmp_path: P
 @async_test
 async def test_closing_ends_what_is_under_way_with_a_reason(model: Path) -> None:
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1000, "ignore_eos": True, "n": 8}
-    app = create_app(open_runtime(settings(model)))
+    app = create_app(open_runtime(settings(model)), is_loopback=True)
     async with app.router.lifespan_context(app), asgi_client(app) as http:
         while not app.state.service.is_open:  # noqa: ASYNC110 - the model loads on a thread
             await asyncio.sleep(0.001)

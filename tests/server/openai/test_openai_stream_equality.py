@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +68,7 @@ def unstreamed(body: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(text=ANSWERS, cuts=CUTS, offers_tools=st.booleans(), stops=st.booleans(), logprobs=st.booleans())
 def test_chat(text: str, cuts: list[int], offers_tools: bool, stops: bool, logprobs: bool) -> None:
@@ -90,6 +92,7 @@ def test_chat(text: str, cuts: list[int], offers_tools: bool, stops: bool, logpr
     assert chunks[-1]["usage"] == whole["usage"]
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(text=ANSWERS, cuts=CUTS, echo=st.booleans(), stops=st.booleans())
 def test_completions(text: str, cuts: list[int], echo: bool, stops: bool) -> None:

@@ -98,6 +98,14 @@ def test_a_database_that_is_not_there_is_unavailable(tmp_path: Path) -> None:
         open_database(f"sqlite:///{tmp_path}/file/test.db")
 
 
+def test_a_file_is_made_unless_it_must_exist(sqlite_url: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"there is no database .*test\.db"):
+        open_database(sqlite_url, must_exist=True)
+    assert list(tmp_path.iterdir()) == []
+    open_database(sqlite_url).close()
+    open_database(sqlite_url, must_exist=True).close()
+
+
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "test.db").write_bytes(b"x" * 5000)
     with pytest.raises(DatabaseUnavailableError, match="not a database"):

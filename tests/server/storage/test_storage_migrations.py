@@ -20,6 +20,7 @@ from server.storage.migrate import known_revisions
 ROOMS = Path(__file__).parents[3] / "server"
 for tables in ROOMS.glob("*/tables.py"):
     importlib.import_module(f"server.{tables.parent.name}.tables")
+importlib.import_module("finetune.rounds.tables")
 
 
 def test_from_nothing_and_again(database_url: str) -> None:

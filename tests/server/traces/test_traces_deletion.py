@@ -78,7 +78,9 @@ def test_by_user_key_episode_and_age(client: Client, database: Database, monkeyp
     ):
         expected = {one.id for one in TraceQueries(database).list(ADMIN, where).traces}
         assert expected
-        assert set(deletion.delete(ADMIN, where)) == expected
+        steps: list[int] = []
+        assert set(deletion.delete(ADMIN, where, on_progress=steps.append)) == expected
+        assert (sum(steps), max(steps)) == (len(expected), min(2, len(expected)))
         assert deletion.delete(ADMIN, where) == []
     assert left(database) == [records[8].id, records[10].id]
     assert counts(database)["trace_tombstones"] == 10

@@ -7,6 +7,7 @@ import pytest
 
 from server.errors import InvalidRequestError
 from server.storage.database import Database
+from server.traces.deletion import TraceDeletion
 from server.traces.exchange import export_lines, import_lines
 from server.traces.feedback import Feedback, FeedbackStore, Target
 from server.traces.filters import TraceFilter
@@ -44,6 +45,15 @@ def test_what_is_imported_comes_out_again(store: TraceStore, database: Database)
     assert len(listed) == 4
     assert {(one.endpoint, one.version, one.purpose) for one in listed} == {("import", None, "user")}
     assert len({one.episode_id for one in listed}) == 4
+
+
+def test_what_was_deleted_is_not_imported_again(store: TraceStore, database: Database) -> None:
+    lines = [json.dumps(line) for line in LINES]
+    import_lines(store, ADMIN, lines, adapter="tools")
+    for _ in range(2):
+        TraceDeletion(database).delete(ADMIN, TraceFilter(adapter="tools"))
+        assert import_lines(store, ADMIN, lines, adapter="tools") == 0
+        assert exported(database) == []
 
 
 def test_many_lines_go_in_and_out_in_batches(store: TraceStore, database: Database) -> None:
@@ -92,6 +102,9 @@ def test_what_is_exported(client: Client, database: Database) -> None:
     [
         ("{", "not JSON"),
         ("[]", "'messages'"),
+        ('{"messages": [], "tools": NaN}', "not JSON"),
+        ('{"messages": [], "tools": "\\ud800"}', "not JSON"),
+        ('{"messages": [], "tools": "\udcff"}', "not JSON"),
         ('{"messages": {}}', "'messages'"),
         ('{"messages": []}', "messages"),
         ('{"messages": ["x"]}', "messages"),

@@ -98,11 +98,37 @@ def test_a_batch_is_all_or_none(client: Client, feedback: FeedbackStore) -> None
         feedback.add_many(Viewer(), [good, (Target("trace", "nonsense"), thumbs())])
     with pytest.raises(InvalidRequestError) as caught:
         feedback.add_many(Viewer(), [good, (Target("trace", record.id), thumbs(2.0))])
-    assert caught.value.param == "[1].score"
+    assert caught.value.param == "items[1].score"
     assert feedback.list_for_trace(Viewer(), record.id) == []
     assert [one.is_new for one in feedback.add_many(Viewer(), [good, good])] == [True, False]
     with pytest.raises(InvalidRequestError, match="at most 1000"):
         feedback.add_many(Viewer(), [good] * 1001)
+
+
+def test_an_error_names_the_item(client: Client, feedback: FeedbackStore) -> None:
+    target = Target("trace", client.ask([user("x")], assistant("y")).id)
+    with pytest.raises(TraceNotFoundError) as unknown:
+        feedback.add_many(Viewer(), [(target, thumbs()), (Target("episode", "nonsense"), thumbs())])
+    used = thumbs(idempotency_key="k")
+    with pytest.raises(FeedbackConflictError) as conflict:
+        feedback.add_many(Viewer(), [(target, used), (target, thumbs()), (target, thumbs(0.0, idempotency_key="k"))])
+    assert (unknown.value.param, conflict.value.param) == ("items[1]", "items[2]")
+    with pytest.raises(TraceNotFoundError) as alone:
+        feedback.add(Viewer(), Target("trace", "nonsense"), thumbs())
+    assert alone.value.param is None
+
+
+def test_new_feedback_says_which_versions_answered_users(client: Client, feedback: FeedbackStore) -> None:
+    def ask(**changes: Any) -> Target:
+        return Target("trace", client.ask([user("x")], assistant("y"), episode="run", **changes).id)
+
+    base, first, second = ask(), ask(version="tools@1"), ask(version="tools@2")
+    gate, imported = ask(purpose="evaluation", version="tools@3"), ask(endpoint="import")
+    answered = [feedback.add(ADMIN, one, thumbs()).answered_by for one in (base, first, gate, imported)]
+    assert answered == [(None,), ("tools@1",), (), ()]
+    assert feedback.add(ADMIN, base, thumbs()).answered_by == (), "it is counted already"
+    assert second.id
+    assert set(feedback.add(Viewer(), Target("episode", "run"), thumbs()).answered_by) == {None, "tools@1", "tools@2"}
 
 
 @pytest.mark.parametrize(

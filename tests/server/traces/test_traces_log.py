@@ -476,3 +476,29 @@ def test_kill_9_fifty_times(database_url: str) -> None:
     database = open_database(database_url)
     assert acknowledged <= set(ids(database))
     database.close()
+
+
+def test_a_database_that_hangs_counts_as_broken(store: TraceStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "STALL_SECONDS", 0.02)
+    speaks, write = threading.Event(), store.write
+
+    def hang(records: Sequence[TraceRecord], *, is_retry: bool = False) -> list[str]:
+        speaks.wait()
+        return write(records, is_retry=is_retry)
+
+    async def use() -> None:
+        monkeypatch.setattr(store, "write", hang)
+        with running(store) as log:
+            try:
+                with pytest.raises(ServerUnavailableError, match="does not answer"):
+                    await log.append(make_record())
+                with pytest.raises(ServerUnavailableError, match="has not answered"):
+                    log.check()
+                assert log.stats().fault is not None
+            finally:
+                speaks.set()
+            await until(lambda: log.stats().fault is None)
+            log.check()
+
+    asyncio.run(use())
+    assert len(ids(store.database)) == 1

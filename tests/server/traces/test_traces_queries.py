@@ -65,6 +65,8 @@ def test_every_filter(client: Client, queries: TraceQueries) -> None:
     assert found(user_id="eve") == named(called)
     assert found(episode_id=plain.episode.id) == named(plain)
     assert found(episode_id="nonsense") == set()
+    assert found(trace_id=called.id) == named(called)
+    assert found(trace_id="nonsense") == set()
     assert found(purpose="evaluation") == named(gate)
     assert found(purpose="user") == named(plain, called, live)
     assert found(status="failed") == named(live)
@@ -112,10 +114,30 @@ def test_by_time_whatever_the_clock_did(store: TraceStore, queries: TraceQueries
             assert odd == [name for name in expected if name in {record.id for record in records[1::2]}]
 
 
+def test_an_episode_goes_by_our_id_and_by_its_own_keys_name(client: Client, queries: TraceQueries) -> None:
+    mine, theirs = (
+        client.ask([user("a")], assistant("b"), key_id=key, episode="run / é") for key in ("key-a", "key-b")
+    )
+
+    def found(viewer: Viewer, episode: str) -> list[str]:
+        return [one.id for one in queries.list(viewer, TraceFilter(episode_id=episode)).traces]
+
+    assert mine.episode.id != theirs.episode.id
+    assert found(Viewer("key-a"), "run / é") == found(Viewer("key-a"), mine.episode.id) == [mine.id]
+    assert found(Viewer("key-b"), "run / é") == found(ADMIN, theirs.episode.id) == [theirs.id]
+    assert found(ADMIN, "run / é") == [], "whose?"
+    of_b = queries.list(ADMIN, TraceFilter(episode_id="run / é", key_id="key-b")).traces
+    assert [one.id for one in of_b] == [theirs.id]
+    assert queries.list(Viewer("key-a"), TraceFilter(episode_id="run / é", key_id="key-b")).traces == []
+    feedback = FeedbackStore(client.store.database)
+    given = feedback.add(Viewer("key-b"), Target("episode", "run / é"), Feedback(source="thumbs", score=1))
+    assert given.episode_id == theirs.episode.id
+
+
 def test_text_that_no_row_can_hold_matches_none(queries: TraceQueries) -> None:
     """PostgreSQL refuses NUL and half surrogate pairs even in a question."""
     for odd in ("nul \0", "half \ud800", "x" * 100_000):
-        for name in ("adapter", "version", "key_id", "user_id", "episode_id"):
+        for name in ("trace_id", "adapter", "version", "key_id", "user_id", "episode_id"):
             assert queries.list(ADMIN, TraceFilter(**{name: odd})).traces == []
         with pytest.raises(TraceNotFoundError):
             queries.show(ADMIN, odd)
@@ -161,6 +183,7 @@ FILTERS: list[dict[str, Any]] = [
     {"version": "tools@1"},
     {"user_id": "eve"},
     {"episode_id": "ep"},
+    {"trace_id": "trace"},
     {"status": "failed"},
     {"purpose": "evaluation"},
     {"has_tool_calls": True},

@@ -3,7 +3,7 @@
 import pytest
 
 from server.errors import InvalidRequestError
-from server.traces.policy import should_log
+from server.traces.policy import unlogged_reason
 from server.traces.tool_results import is_error_result
 from tests.server.traces.builders import result
 
@@ -60,10 +60,10 @@ def test_successes(content: str) -> None:
 
 
 def test_each_can_say_no() -> None:
-    assert should_log(is_enabled=True, key_policy="on", header=None)
-    assert should_log(is_enabled=True, key_policy="on", header=" ON ")
-    assert not should_log(is_enabled=True, key_policy="on", header="Off")
-    assert not should_log(is_enabled=True, key_policy="off", header="on")
-    assert not should_log(is_enabled=False, key_policy="on", header="on")
+    assert unlogged_reason(is_enabled=True, key_policy="on", header=None) is None
+    assert unlogged_reason(is_enabled=True, key_policy="on", header=" ON ") is None
+    assert unlogged_reason(is_enabled=True, key_policy="on", header="Off") == "request"
+    assert unlogged_reason(is_enabled=True, key_policy="off", header="on") == "key"
+    assert unlogged_reason(is_enabled=False, key_policy="on", header="on") == "settings"
     with pytest.raises(InvalidRequestError, match="'on' or 'off', not 'no'"):
-        should_log(is_enabled=True, key_policy="on", header="no")
+        unlogged_reason(is_enabled=True, key_policy="on", header="no")

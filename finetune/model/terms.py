@@ -1,0 +1,62 @@
+"""Which rows of a packed micro-batch carry loss, as the cross-entropy wants them, and the part that KL terms need.
+
+Plain index work on the arrays of `finetune.packed`; nothing here computes a loss.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune.packed import Packed, Segment
+
+
+@dataclass(frozen=True, eq=False)
+class RowTerms:
+    """Loss terms sorted by row. U rows carry loss."""
+
+    rows: np.ndarray
+    """int64 (U,): rows of the packed sequence, ascending"""
+    order: np.ndarray
+    """int64 (N,): term i of the sorted ones is term order[i] of the packed ones"""
+    term_rows: np.ndarray
+    """int64 (N,): index into `rows`"""
+
+
+def sort_terms(packed: Packed) -> RowTerms:
+    order = np.argsort(packed.loss_rows, kind="stable")
+    rows, term_rows = np.unique(packed.loss_rows[order], return_inverse=True)
+    return RowTerms(rows.astype(np.int64), order, term_rows.astype(np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some segments of a packed sequence as a sequence of their own."""
+
+    token_ids: np.ndarray
+    positions: np.ndarray
+    segments: tuple[Segment, ...]
+    rows: np.ndarray
+    """int64: where the wanted rows went"""
+
+
+def part_with_rows(packed: Packed, rows: np.ndarray) -> Part:
+    """The segments of `rows` and all their ancestors."""
+    segments, wanted = packed.segments, set()
+    starts = np.array([segment.start for segment in segments])
+    by_start = np.argsort(starts)
+    for index in by_start[np.searchsorted(starts[by_start], np.unique(rows), side="right") - 1].tolist():
+        while index >= 0 and index not in wanted:
+            wanted.add(index)
+            index = segments[index].parent
+    new_index, new_row = {-1: -1}, np.full(len(packed.token_ids), -1, np.int64)
+    kept: list[Segment] = []
+    at = 0
+    for index, segment in enumerate(segments):
+        if index in wanted:
+            size = segment.end - segment.start
+            new_index[index] = len(kept)
+            new_row[segment.start : segment.end] = np.arange(at, at + size)
+            kept.append(Segment(at, at + size, new_index[segment.parent]))
+            at += size
+    source = np.concatenate([np.arange(segments[i].start, segments[i].end) for i in sorted(wanted)])
+    return Part(packed.token_ids[source], packed.positions[source], tuple(kept), new_row[rows])

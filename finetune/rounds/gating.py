@@ -1,0 +1,193 @@
+"""The gate of a round: held-out traces asked of the candidate and of what answers now, judged, decided.
+
+Who the opponent is (the live version, or the base) is written down before the first question, so that a resumed gate
+goes on against the same one. What a feedback's `comment` says as `{"accepted": [...]}` (the accepted values of every
+call, as in the Berkeley Function Calling Leaderboard) counts as the label; without it the right answer's message does.
+Not here: how answers are compared and decided on (finetune/gate), what comes of the decision (promotion.py).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.dataset.render import chat_request
+from finetune.dataset.rows import HeldOutRow
+from finetune.dataset.snapshot import Snapshot
+from finetune.gate.decision import Decision, decide, evidence_of
+from finetune.gate.expected import BadLabelError, Expected, expected_from_bfcl, expected_from_message
+from finetune.gate.results import GOLD, Judged, Label, PairedTrace, RegressionScore, judge, label_of
+from finetune.gate.settings import GateSettings
+from finetune.gate.spending import History, history_of
+from finetune.rounds.asking import Answer, Answers, Question, ask_all
+from finetune.rounds.engine import Done, Task
+from finetune.rounds.round import Round
+from finetune.serving.api import ServerApi
+
+ANSWERS = "answers.jsonl"
+Regression = Callable[[Task, ServerApi, tuple[str, str]], tuple[RegressionScore, RegressionScore]]
+"""Both versions on the general prompts (regression.py)."""
+
+
+def run_gate(
+    task: Task,
+    api: ServerApi,
+    snapshot: Snapshot,
+    earlier: Iterable[Round],
+    *,
+    settings: GateSettings,
+    max_tokens: int,
+    max_traces: int,
+    concurrency: int,
+    regression: Regression | None = None,
+) -> Done:
+    """Raises RefusedError and ServerDownError."""
+    candidate = task.round.version_ref
+    assert candidate is not None
+    opponent, has_live = _opponent(task, api)
+    models, history = (str(candidate), opponent), decided(earlier)
+    with_tools = [row for row in snapshot.held_out() if row.kind != "chat"]
+    labelled = [one for row in with_tools if (one := _labelled(row)) is not None]
+    fresh = history.fresh(labelled)[-max_traces:]  # of a stale trace no answer would count
+    scores = None
+    if evidence_of(fresh, history).missing(settings):  # nothing is asked: the traces stay fresh
+        pairs = [_pair(one, _UNANSWERED, _UNANSWERED, ()) for one in fresh]
+    else:
+        answers = Answers(task.folder / ANSWERS)
+        questions = [_question(one.row, max_tokens) for one in fresh]
+        ask_all(api, answers, questions, models, concurrency=concurrency, check=task.check, progress=task.progress)
+        if regression is not None:
+            scores = regression(task, api, models)
+        pairs = []
+        for one in fresh:
+            ours, theirs = (_judged(one, answers.of(model, one.row.id)) for model in models)
+            pairs.append(_pair(one, ours, theirs, snapshot.manifest.tools))
+    decision = decide(
+        pairs,
+        adapter=task.round.ref.adapter,
+        candidate=str(candidate),
+        opponent=opponent,
+        has_live=has_live,
+        history=history,
+        regression=scores,
+        settings=settings,
+    )
+    facts = {
+        "outcome": str(decision.outcome),
+        "num_traces": len(fresh),
+        "num_left_out": len(labelled) - len(fresh),
+        "num_bad_labels": len(with_tools) - len(labelled),
+    }
+    return Done(facts, {"decision": json.loads(decision.to_json())})
+
+
+def decided(earlier: Iterable[Round]) -> History:
+    """What the adapter's rounds have spent, oldest first."""
+    found = sorted((one for one in earlier if one.decision is not None), key=lambda one: one.ref.number)
+    return history_of(decision_of(one) for one in found)
+
+
+def decision_of(round: Round) -> Decision:
+    return Decision.from_json(json.dumps(round.decision))
+
+
+@dataclass(frozen=True, slots=True)
+class _Labelled:
+    """A held-out trace, before anybody has answered it again."""
+
+    row: HeldOutRow
+    expected: Expected
+    label: Label
+
+    @property
+    def cluster(self) -> str:
+        return self.row.cluster
+
+    @property
+    def position(self) -> int:
+        return self.row.seq
+
+    @property
+    def expects_call(self) -> bool:
+        return bool(self.expected)
+
+    @property
+    def is_gold(self) -> bool:
+        return self.label in GOLD
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:
+        return self.row.request.get("tools") or ()
+
+
+_UNANSWERED = Judged(False, False, False, False)
+"""Stands for nothing: only which pairs there are may be looked at."""
+
+
+def _labelled(row: HeldOutRow) -> _Labelled | None:
+    """None: a label that nothing can be judged by. What was imported was never served: its answer is known."""
+    try:
+        expected = expected_of(row)
+    except BadLabelError:
+        return None
+    label = Label.KNOWN_ANSWER if row.source == "import" else label_of(row.source, is_audit=row.is_audit)
+    return _Labelled(row, expected, label)
+
+
+def _question(row: HeldOutRow, max_tokens: int) -> Question:
+    request = chat_request(row.request).model_dump(
+        mode="json", exclude={"model"}, exclude_unset=True, exclude_none=True
+    )
+    return Question(row.id, request, max_tokens, [*row.prompt_ids, *row.answer_ids], len(row.answer_ids))
+
+
+def _judged(one: _Labelled, answer: Answer) -> Judged:
+    return judge(answer.message, one.expected, one.tools, token_loss=answer.token_loss)
+
+
+def _pair(one: _Labelled, ours: Judged, theirs: Judged, known_tools: Iterable[str]) -> PairedTrace:
+    about = {call.name for call in one.expected} or {tool["function"]["name"] for tool in one.tools}
+    return PairedTrace(
+        trace_id=one.row.id,
+        cluster=one.cluster,
+        position=one.position,
+        label=one.label,
+        expects_call=one.expects_call,
+        is_seen=about <= frozenset(known_tools),
+        candidate=ours,
+        opponent=theirs,
+    )
+
+
+def expected_of(row: HeldOutRow) -> Expected:
+    """Raises BadLabelError."""
+    for given in reversed(row.feedback):
+        accepted = _accepted(given.get("comment"))
+        if accepted is not None:
+            return expected_from_bfcl(accepted)
+    return expected_from_message(row.target)
+
+
+def _accepted(comment: str | None) -> Any:
+    """A comment that is no such object is a comment."""
+    if not comment or not comment.lstrip().startswith("{"):
+        return None
+    try:
+        value = json.loads(comment)
+    except ValueError:
+        return None
+    if not isinstance(value, Mapping) or "accepted" not in value:
+        return None
+    accepted = value["accepted"]
+    if not isinstance(accepted, list) or not all(isinstance(call, Mapping) for call in accepted):
+        raise BadLabelError("'accepted' is a list of expected calls")
+    return accepted
+
+
+def _opponent(task: Task, api: ServerApi) -> tuple[str, bool]:
+    """Its name, and whether it is a live version."""
+    known = task.round.facts.get("gate", {})
+    if "opponent" not in known:
+        live = api.adapter(task.round.ref.adapter)["live"]
+        known = task.note({"opponent": live or api.base_name(), "has_live": live is not None}).facts["gate"]
+    return known["opponent"], known["has_live"]

@@ -1,0 +1,97 @@
+"""Which micro-batches make up which optimizer step, for all epochs of a round; the same whenever it is asked.
+
+An epoch's examples are packed into micro-batches in an order drawn from (seed, epoch), and consecutive micro-batches
+form a step of about so many real tokens. An epoch is packed when a step of it is wanted and kept until another one is.
+"""
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+
+from finetune.dataset.order import curriculum, difficulty, shuffled
+from finetune.dataset.packing import pack
+from finetune.packed import Example, Packed
+
+CURRICULUM_WINDOW = 128
+"""Examples packed together when their order matters: fewer share prompts, more lose the order."""
+
+
+class Steps:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        seed: int,
+        epochs: float,
+        micro_batch_tokens: int,
+        tokens_per_step: int,
+        max_steps: int | None = None,
+        is_curriculum: bool = False,
+    ) -> None:
+        """An example that is longer than a micro-batch is one alone."""
+        self._examples = examples
+        self._seed = seed
+        self._micro_batch_tokens = micro_batch_tokens
+        self._tokens_per_step = tokens_per_step
+        self._is_curriculum = is_curriculum
+        self._packed: tuple[int, list[list[Packed]]] = (-1, [])
+        counts = [len(self._epoch(number)) for number in range(math.ceil(epochs))]
+        if epochs % 1:
+            counts[-1] = math.ceil(counts[-1] * (epochs % 1))
+        self._ends = list(itertools.accumulate(counts))
+        self.num_steps = min(self._ends[-1], max_steps or self._ends[-1])
+
+    def __call__(self, step: int) -> list[Packed]:
+        """The micro-batches of step 0, 1, ..."""
+        number = bisect.bisect_right(self._ends, step)
+        return self._epoch(number)[step - (self._ends[number - 1] if number else 0)]
+
+    def _epoch(self, number: int) -> list[list[Packed]]:
+        if self._packed[0] != number:
+            self._packed = (number, self._pack(number))
+        return self._packed[1]
+
+    def _pack(self, epoch: int) -> list[list[Packed]]:
+        steps: list[list[Packed]] = [[]]
+        num_tokens = 0
+        for one in self._in_order(epoch) if self._is_curriculum else self._mixed(epoch):
+            if num_tokens >= self._tokens_per_step:
+                steps.append([])
+                num_tokens = 0
+            steps[-1].append(one)
+            num_tokens += one.num_real_tokens
+        if len(steps) > 1 and num_tokens < self._tokens_per_step / 2:  # a step of a few tokens is noise
+            steps[-2] += steps.pop()
+        return steps
+
+    def _mixed(self, epoch: int) -> list[Packed]:
+        limit = self._micro_batch_tokens
+        packed = pack(
+            [one for one in self._examples if len(one.token_ids) <= limit], limit, seed=self._seed, epoch=epoch
+        )
+        for one in self._examples:
+            if len(one.token_ids) > limit:
+                packed += pack([one], len(one.token_ids), seed=self._seed, epoch=epoch)
+        order = shuffled([f"micro-batch {number}" for number in range(len(packed))], seed=self._seed, epoch=epoch)
+        return _evenly([packed[index] for index in order])
+
+    def _in_order(self, epoch: int) -> list[Packed]:
+        ids = [one.id for one in self._examples]
+        order = curriculum(difficulty(self._examples), ids, seed=self._seed, epoch=epoch)
+        limit = max(self._micro_batch_tokens, *(len(one.token_ids) for one in self._examples))
+        examples = [self._examples[index] for index in order]
+        return pack(examples, limit, seed=self._seed, epoch=epoch, window=CURRICULUM_WINDOW)
+
+
+def _evenly(packed: Sequence[Packed]) -> list[Packed]:
+    """Micro-batches that are mostly KL spread among the others, one of the others first: steps are alike then, and the
+    loss of the first one, by which a loss that runs away is told, is no KL at the base (which is 0)."""
+    is_kl = [bool(one.loss_weights[one.loss_kl].sum() > one.loss_weights.sum() / 2) for one in packed]
+    num_kl, num_ce = sum(is_kl), len(packed) - sum(is_kl)
+    places: list[float] = []
+    seen = [0, 0]
+    for kl in is_kl:
+        places.append((seen[1] + 1) / num_kl if kl else seen[0] / num_ce)
+        seen[kl] += 1
+    return [packed[index] for index in sorted(range(len(packed)), key=lambda index: (places[index], index))]

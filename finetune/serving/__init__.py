@@ -1,0 +1,1 @@
+"""The server as the learner sees it: its HTTP API."""

@@ -1,0 +1,151 @@
+"""Checkpoints of a run: parameters, optimizer and counters in one directory that is whole or not there.
+
+    <run>/step-00000040/{parameters,optimizer}.safetensors, state.json
+    <run>/best-00000040/...   the parameters with the lowest held-out loss
+
+Written beside and renamed, so that a kill at any instruction leaves the one before. The newest two are kept. Random
+numbers are keyed by (seed, step, example), so no generator's state is stored. Safetensors and JSON only.
+"""
+
+import json
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.errors import TrainingError
+
+NUM_KEPT = 2
+"""The newest, and the one before for people who want to look."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What bit-identical results depend on besides the program."""
+
+    torch: str
+    num_threads: int
+    cpu: str
+
+    @classmethod
+    def here(cls) -> "Machine":
+        return cls(
+            torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability() + platform.machine()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The counters of a run after `step` optimizer steps."""
+
+    step: int = 0
+    num_tokens: int = 0
+    """Real example tokens so far."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    num_worse: int = 0
+    """Evaluations since the best one."""
+    first_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    progress: Progress
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    machine: Machine
+
+
+class Checkpoints:
+    """Those of one run. `identity`: what must be the same for a resumed run (settings, data, base)."""
+
+    def __init__(self, directory: Path, identity: Mapping[str, Any]) -> None:
+        self._directory = directory
+        self._identity = json.loads(json.dumps(identity))
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def save(self, progress: Progress, parameters: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> Path:
+        """Replaces one of the same step."""
+        target = self._directory / f"step-{progress.step:08d}"
+        self._write(target, progress, {"parameters": parameters, "optimizer": optimizer})
+        worse = [path for path in self._directory.glob("best-*") if path != self._best(progress.best_step or 0)]
+        for old in [*self._steps()[:-NUM_KEPT], *worse]:
+            shutil.rmtree(old)
+        return target
+
+    def save_best(self, progress: Progress, parameters: Mapping[str, Tensor]) -> None:
+        """The one before is removed when the next checkpoint knows of this one."""
+        self._write(self._best(progress.step), progress, {"parameters": parameters})
+
+    def load_best(self, step: int) -> dict[str, Tensor]:
+        """Raises TrainingError."""
+        return _tensors(self._best(step) / "parameters.safetensors")
+
+    def newest(self) -> Checkpoint | None:
+        """None: the run has not come far enough to have one. Raises TrainingError for one of another run."""
+        for leftover in self._directory.glob(".writing-*"):
+            shutil.rmtree(leftover)
+        steps = self._steps()
+        if not steps:
+            return None
+        path = steps[-1]
+        state = json.loads((path / "state.json").read_text())
+        if state["identity"] != self._identity:
+            changed = [key for key in self._identity if state["identity"].get(key) != self._identity[key]]
+            raise TrainingError(
+                f"{path} is a checkpoint of another run ({', '.join(changed) or 'more settings'} differ); "
+                "use another directory, or remove it to begin anew"
+            )
+        return Checkpoint(
+            Progress(**state["progress"]),
+            _tensors(path / "parameters.safetensors"),
+            _tensors(path / "optimizer.safetensors"),
+            Machine(**state["machine"]),
+        )
+
+    def _best(self, step: int) -> Path:
+        return self._directory / f"best-{step:08d}"
+
+    def _steps(self) -> list[Path]:
+        """Oldest first."""
+        return sorted(self._directory.glob("step-*"))
+
+    def _write(self, target: Path, progress: Progress, files: Mapping[str, Mapping[str, Tensor]]) -> None:
+        beside = self._directory / f".writing-{uuid.uuid4().hex}"
+        beside.mkdir()
+        for name, tensors in files.items():
+            save_file(
+                {key: value.detach().contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors"
+            )
+        state = {"identity": self._identity, "progress": asdict(progress), "machine": asdict(Machine.here())}
+        (beside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        for path in (*beside.iterdir(), beside):
+            _sync(path)
+        if target.exists():  # made again after a kill, or by a run that was told to begin anew
+            shutil.rmtree(target)
+        beside.rename(target)
+        _sync(self._directory)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(f"the checkpoint {path} cannot be read: {error}") from error
+
+
+def _sync(path: Path) -> None:
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,175 @@
+"""The training loop, in one function: resume, step, evaluate, checkpoint, stop.
+
+A step is a list of micro-batches; its loss is the weighted sum over all of them, on all ranks, divided by the sum of
+the weights, so that how a step is cut does not matter. The loop knows nothing of what is computed: `model` may be an
+adapter over a frozen base or a whole network. Nothing here depends on the clock, but for the tokens per second it
+reports.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from finetune.errors import DivergedError
+from finetune.train.checkpoint import Checkpoints, Machine, Progress
+from finetune.train.optimizer import NamedOptimizer
+from finetune.train.ranks import Alone, Ranks
+from finetune.train.schedule import learning_rate
+from finetune.train.settings import TrainSettings
+
+Batch = TypeVar("Batch", contravariant=True)
+AnyBatch = TypeVar("AnyBatch")
+
+RUNAWAY_FACTOR = 4.0
+"""A loss this many times the first one, or this many nats where the first was below 1 (an easy or KL-only step), is no
+training any more: the rate is far too high."""
+
+
+class Trainable(Protocol[Batch]):
+    """What is trained."""
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Leaves with `requires_grad`, by name."""
+
+    def weight_of(self, batch: Batch) -> float:
+        """The sum of the weights of its loss terms."""
+
+    def tokens_of(self, batch: Batch) -> int:
+        """Real tokens in it, for the report."""
+
+    def backward(self, batch: Batch, normalizer: float) -> float:
+        """Adds the gradient of (weighted loss of the batch) / normalizer; returns that loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLog:
+    """One optimizer step."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Mean per unit of weight, before the step."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    num_tokens: int
+    tokens_per_second: float
+    held_out_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    progress: Progress
+    stopped_early: bool
+    is_exact: bool
+    """False: resumed on another machine class, torch build or thread count; equal within tolerance, not bit for bit."""
+
+
+def train(
+    model: Trainable[AnyBatch],
+    batches: Callable[[int], Sequence[AnyBatch]],
+    settings: TrainSettings,
+    directory: Path,
+    *,
+    identity: Mapping[str, Any],
+    evaluate: Callable[[], float] | None = None,
+    ranks: Ranks | None = None,
+    pause: Callable[[], None] = lambda: None,
+    on_step: Callable[[StepLog], None] = lambda log: None,
+    adamw_names: frozenset[str] = frozenset(),
+) -> TrainResult:
+    """Train from where `directory` left off. `batches(step)`: all micro-batches of step 0, 1, ...; always the same.
+
+    `identity`: digests of data and base, so that a checkpoint of another run is refused. `evaluate`: held-out loss of
+    the present parameters. `pause` is called between micro-batches and may wait. Raises DivergedError, TrainingError.
+    """
+    ranks = ranks or Alone()
+    parameters = model.parameters()
+    optimizer = NamedOptimizer(parameters, settings, adamw_names=adamw_names)
+    checkpoints = Checkpoints(directory, {"settings": settings.as_json(), **identity})
+    progress, is_exact = Progress(), True
+    found = checkpoints.newest()
+    if found is not None:
+        progress, is_exact = found.progress, found.machine == Machine.here()
+        _copy_into(parameters, found.parameters)
+        optimizer.load(found.optimizer)
+
+    while progress.step < settings.num_steps and not _is_over(progress, settings):
+        start = time.perf_counter()
+        step_batches = batches(progress.step)
+        mine = step_batches[ranks.rank :: ranks.world_size]
+        normalizer = ranks.sum_number(sum(model.weight_of(batch) for batch in mine))
+        optimizer.clear_gradients()
+        loss = 0.0
+        for batch in mine:
+            pause()
+            loss += model.backward(batch, normalizer)
+        loss = ranks.sum_number(loss)
+        gradients = optimizer.gradients()
+        ranks.sum_gradients(gradients)
+        grad_norm = float(torch.nn.utils.get_total_norm(gradients))
+        _check(progress, loss, grad_norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters.values(), settings.max_grad_norm, torch.tensor(grad_norm))
+        rate = learning_rate(settings, progress.step)
+        optimizer.step(rate)
+
+        num_tokens = sum(model.tokens_of(batch) for batch in step_batches)
+        progress = replace(
+            progress,
+            step=progress.step + 1,
+            num_tokens=progress.num_tokens + num_tokens,
+            first_loss=loss if progress.first_loss is None else progress.first_loss,
+        )
+        seconds = time.perf_counter() - start
+        held_out = None
+        is_last = progress.step == settings.num_steps
+        if evaluate is not None and settings.eval_every and (is_last or progress.step % settings.eval_every == 0):
+            held_out = evaluate()
+            progress = _judged(progress, held_out)
+            if progress.best_step == progress.step and ranks.rank == 0:
+                checkpoints.save_best(progress, parameters)
+        if ranks.rank == 0 and (is_last or progress.step % settings.checkpoint_every == 0 or held_out is not None):
+            checkpoints.save(progress, parameters, optimizer.state())
+        on_step(StepLog(progress.step, loss, rate, grad_norm, num_tokens, num_tokens / seconds, held_out))
+
+    if progress.best_step is not None and progress.best_step != progress.step:
+        _copy_into(parameters, checkpoints.load_best(progress.best_step))
+    return TrainResult(progress, progress.step < settings.num_steps, is_exact)
+
+
+def _is_over(progress: Progress, settings: TrainSettings) -> bool:
+    return bool(settings.patience) and progress.num_worse >= settings.patience
+
+
+def _judged(progress: Progress, loss: float) -> Progress:
+    if not math.isfinite(loss):
+        raise DivergedError(f"the held-out loss after step {progress.step} is {loss}")
+    if progress.best_loss is None or loss < progress.best_loss:
+        return replace(progress, best_loss=loss, best_step=progress.step, num_worse=0)
+    return replace(progress, num_worse=progress.num_worse + 1)
+
+
+def _check(progress: Progress, loss: float, grad_norm: float) -> None:
+    """Raises DivergedError; the parameters are still those of the step before."""
+    where = f"in step {progress.step + 1}"
+    if not math.isfinite(loss):
+        raise DivergedError(f"the loss {where} is {loss}; nothing of this run is used. Try a lower learning rate.")
+    if not math.isfinite(grad_norm):
+        raise DivergedError(f"a gradient {where} is {grad_norm} (the loss is {loss:.4g}); nothing of this run is used.")
+    first = progress.first_loss
+    if first is not None and loss > RUNAWAY_FACTOR * max(first, 1.0):
+        raise DivergedError(
+            f"the loss {where} is {loss:.4g}, it began at {first:.4g}: it runs away. Try a lower learning rate."
+        )
+
+
+def _copy_into(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in parameters.items():
+            tensor.copy_(values[name])

@@ -1,0 +1,91 @@
+"""torch's AdamW and Muon over named parameters, with a state that goes into safetensors and comes back bit for bit.
+
+Muon (orthogonalized momentum, Jordan 2024) is for hidden matrices: whatever is not two-dimensional, and what the caller
+names (embeddings, the head), stays with AdamW at the same learning rate (Muon's steps are scaled to match AdamW's RMS,
+arXiv:2502.16982).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.errors import TrainingError
+from finetune.train.settings import TrainSettings
+
+
+class NamedOptimizer:
+    """One or two of torch's optimizers as one. `adamw_names`: matrices that Muon is not for."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], settings: TrainSettings, *, adamw_names: frozenset[str] = frozenset()
+    ) -> None:
+        self._parameters = dict(sorted(parameters.items()))
+        is_muon = {
+            name: settings.optimizer == "muon" and tensor.ndim == 2 and name not in adamw_names
+            for name, tensor in self._parameters.items()
+        }
+        self._parts: list[tuple[list[str], torch.optim.Optimizer]] = []
+        adamw = [name for name, muon in is_muon.items() if not muon]
+        muon = [name for name, muon in is_muon.items() if muon]
+        if adamw:
+            tensors = [self._parameters[name] for name in adamw]
+            betas = (settings.beta1, settings.beta2)
+            self._parts.append(
+                (adamw, torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=settings.weight_decay))
+            )
+        if muon:
+            tensors = [self._parameters[name] for name in muon]
+            self._parts.append(
+                (
+                    muon,
+                    torch.optim.Muon(
+                        tensors,
+                        settings.learning_rate,
+                        weight_decay=settings.weight_decay,
+                        adjust_lr_fn="match_rms_adamw",
+                    ),
+                )
+            )
+
+    def step(self, learning_rate: float) -> None:
+        for _, optimizer in self._parts:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+
+    def clear_gradients(self) -> None:
+        for tensor in self._parameters.values():
+            tensor.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """In the order of the names. A parameter that no loss reached has a gradient of zeros."""
+        found = []
+        for tensor in self._parameters.values():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            found.append(tensor.grad)
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """`<parameter>/<moment>` -> tensor."""
+        state: dict[str, Tensor] = {}
+        for names, optimizer in self._parts:
+            for name, tensor in zip(names, optimizer.param_groups[0]["params"], strict=True):
+                for key, value in optimizer.state[tensor].items():
+                    state[f"{name}/{key}"] = value.detach().clone().contiguous()
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Raises TrainingError when it is the state of other parameters."""
+        by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self._parameters}
+        for key, value in state.items():
+            name, _, moment = key.rpartition("/")
+            if name not in by_name:
+                raise TrainingError(f"the checkpoint's optimizer has a state for {name}, which is not trained here")
+            by_name[name][moment] = value
+        for names, optimizer in self._parts:
+            content: dict[str, Any] = optimizer.state_dict()
+            content["state"] = {index: by_name[name] for index, name in enumerate(names) if by_name[name]}
+            optimizer.load_state_dict(content)

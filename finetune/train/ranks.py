@@ -1,0 +1,80 @@
+"""Sums over the processes of one run. One process sums nothing; several use torch.distributed (gloo on CPUs).
+
+Started by torchrun, which sets the variables that `joined` reads through torch. Gradients are added, not averaged: the
+loss is normalized by the weights of all ranks already.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks(Protocol):
+    """Which part of every step's micro-batches is ours, and sums over all."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def sum_number(self, value: float) -> float: ...
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """In place."""
+
+
+class Alone:
+    """One process."""
+
+    rank = 0
+    world_size = 1
+
+    def sum_number(self, value: float) -> float:
+        return value
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Nothing to add."""
+
+
+class Distributed:
+    """An initialized process group."""
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def sum_number(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """As one message: many small ones cost a round trip each."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        start = 0
+        for gradient in gradients:
+            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """The group that torchrun started this process in, or a process alone."""
+    if not dist.is_torchelastic_launched():
+        yield Alone()
+        return
+    dist.init_process_group("gloo")
+    try:
+        yield Distributed()
+    finally:
+        dist.destroy_process_group()

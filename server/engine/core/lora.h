@@ -1,0 +1,45 @@
+// One adapter version, packed as the core reads it. Filled by a thread of its own while the core steps, since nothing
+// here is shared with a step until Core::set_lora; read-only from then on.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "model.h"
+
+namespace sterna {
+
+constexpr int kMaxLoraRank = 64;
+
+// y += scale * b (a x); nothing where a.q is null.
+struct LoraPair {
+  PackedMatrix a = {}, b = {};
+  float scale = 0;
+};
+
+class Lora {
+ public:
+  explicit Lora(std::shared_ptr<Model> model);
+
+  // a: (rank, in), b: (out, rank), rows in Hugging Face order. Throws std::invalid_argument with the reason.
+  void add(int layer, const std::string& projection, const float* a, const float* b, int rank, int in_features,
+           int out_features, float scale);
+  void seal() { is_sealed_ = true; }
+
+  const LoraPair& pair(int layer, int projection) const {
+    return layers_[static_cast<size_t>(layer)][static_cast<size_t>(projection)];
+  }
+  const Model* model() const { return model_.get(); }
+
+ private:
+  std::shared_ptr<Model> model_;
+  Arena arena_;
+  ThreadTeam alone_{1};  // the model's own team is the steps'
+  std::vector<std::array<LoraPair, kNumProjections>> layers_;
+  std::atomic<bool> is_sealed_{false};
+};
+
+}  // namespace sterna

@@ -1,0 +1,17 @@
+"""The databases that the sidecar tests run on."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from server.storage.database import Database, open_database
+from tests.server.postgres import migrated_url, postgres_url, sqlite_url
+
+__all__ = ["migrated_url", "postgres_url", "sqlite_url"]
+
+
+@pytest.fixture
+def database(migrated_url: str) -> Iterator[Database]:
+    opened = open_database(migrated_url)
+    yield opened
+    opened.close()
