@@ -20,6 +20,7 @@ def configure_logging(level: Literal["debug", "info", "warning", "error"], style
     if level != "debug":
         logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # "Started server process" and the like
+        logging.getLogger("gguf").setLevel(logging.WARNING)  # what it is about to write, and in which byte order
         logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for every request that record mode sends on
 
 

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from finetune.model.frozen import FrozenMatrix, Scratch, freeze, read_rows
-from quant.model_types import ModelConfig, ModelFile
+from quant.model_types import ModelFile
 from quant.model_types import Tensor as FileTensor
 from quant.quantize import to_float32
+from quant.rope_order import half_split_rows
 from quant.tensor_rules import EMBEDDING, HEAD, OUTPUT_NORM
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -145,11 +146,3 @@ def unpack_rows(parts: Sequence[FrozenMatrix], out: torch.Tensor) -> torch.Tenso
         part.unpack(out[at : at + part.shape[0]])
         at += part.shape[0]
     return out
-
-
-def half_split_rows(config: ModelConfig, num_heads: int) -> np.ndarray:
-    """For each row in half-split order the row of an interleaved Q or K weight that holds it."""
-    head = np.arange(config.head_dim)
-    rotary = head[: config.rope_dim].copy()
-    head[: config.rope_dim] = np.concatenate([rotary[0::2], rotary[1::2]])
-    return (np.arange(num_heads)[:, None] * config.head_dim + head).reshape(-1)

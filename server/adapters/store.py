@@ -165,7 +165,7 @@ class VersionStore:
         try:
             if target.suffix == ".zip":
                 with zipfile.ZipFile(beside, "x", zipfile.ZIP_STORED) as archive:  # weights do not compress
-                    archive.writestr(MANIFEST_NAME, _manifest(version))
+                    archive.writestr(zipfile.ZipInfo(MANIFEST_NAME), _manifest(version))  # no time: equal bytes
                     for name, path in files.items():
                         archive.write(path, name)
             else:

@@ -26,6 +26,7 @@ from server.admin.adapter_views import adapter_body, change_body, diff_body, lis
 from server.admin.adapter_wire import (
     DELETE_QUERY,
     DIFF_QUERY,
+    EXPORT_QUERY,
     HISTORY_QUERY,
     IMPORT_QUERY,
     MAX_HISTORY,
@@ -39,6 +40,7 @@ from server.admin.adapter_wire import (
     AdapterShareRequest,
     path_ref,
     read_digest,
+    read_export_format,
     read_limit,
     read_ref,
 )
@@ -148,12 +150,13 @@ def _add_transfers(router: APIRouter, service: Service, work: AdapterWork) -> No
         )
         return json_response(version_body(version) | {"is_new": is_new}, 201 if is_new else 200)
 
-    @router.get(f"{_VERSION}/export")
+    @router.get(f"{_VERSION}/export", openapi_extra=query_parameters(EXPORT_QUERY))
     async def export_version(http: Request, name: str, number: str) -> Response:
         desk = await _desk(service, http)
         ref = path_ref(name, number)
-        file, num_bytes = await work.give_out(desk.store, ref)
-        return FileResponse(file, num_bytes, f"{ref}.zip")
+        as_gguf = read_export_format(read_query(http, EXPORT_QUERY).get("format")) == "gguf"
+        file, num_bytes = await work.give_out(desk.store, ref, as_gguf=as_gguf)
+        return FileResponse(file, num_bytes, f"{ref}.{'gguf' if as_gguf else 'zip'}")
 
     @router.get(f"{_VERSION}/diff", openapi_extra=query_parameters(DIFF_QUERY, "other"))
     async def compare_versions(http: Request, name: str, number: str) -> Response:

@@ -71,7 +71,7 @@ class FileResponse(Response):
 
     def __init__(self, file: IO[bytes], num_bytes: int, name: str) -> None:
         super().__init__(
-            media_type=ZIP_TYPE,
+            media_type=ZIP_TYPE if name.endswith(".zip") else "application/octet-stream",
             headers={"content-length": str(num_bytes), "content-disposition": f'attachment; filename="{name}"'},
         )
         self._file = file

@@ -89,6 +89,7 @@ IMPORT_QUERY = {
     "base_digest": "the digest of the base it was trained on, if known: another one is refused",
     "parent": "the version that a warm start began with, such as tools@3",
 }
+EXPORT_QUERY = {"format": "peft: a zip file of the directory; gguf: one file for llama.cpp [peft]"}
 HISTORY_QUERY = {"limit": f"changes at most, 1 to {MAX_HISTORY} [{MAX_HISTORY}]"}
 DELETE_QUERY = {"reason": "goes into the history"}
 DIFF_QUERY = {"other": "the version to compare with, such as tools@2"}
@@ -100,6 +101,13 @@ def read_limit(text: str) -> int:
     if not 1 <= limit <= MAX_HISTORY:
         raise InvalidRequestError(f"'limit' must be 1 to {MAX_HISTORY}, got {text[:20]!r}", param="limit")
     return limit
+
+
+def read_export_format(text: str | None) -> str:
+    """Raises InvalidRequestError."""
+    if text not in (None, "peft", "gguf"):
+        raise InvalidRequestError(f"'format' must be 'peft' or 'gguf', got {text[:20]!r}", param="format")
+    return text or "peft"
 
 
 def read_digest(text: str | None, param: str) -> str | None:

@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from server.adapters.checks import cause_of, check_not_deleted, check_text
 from server.adapters.compare import ProjectionDiff, compare_configs, compare_weights
+from server.adapters.gguf import export_gguf
 from server.adapters.service import AdapterService
 from server.adapters.store import VersionStore
 from server.adapters.version import Version, VersionRef, check_adapter_name
@@ -60,9 +61,9 @@ class AdapterWork:
                 except AdapterError as error:
                     raise AdapterError(str(error).replace(str(upload), origin)) from error
 
-    async def give_out(self, store: VersionStore, ref: VersionRef) -> tuple[IO[bytes], int]:
-        """An open zip file without a name, and its size."""
-        return await self._run(ref, partial(_export, store, ref))
+    async def give_out(self, store: VersionStore, ref: VersionRef, *, as_gguf: bool = False) -> tuple[IO[bytes], int]:
+        """An open file without a name, and its size: a zip file, or llama.cpp's. Raises InvalidRequestError."""
+        return await self._run(ref, partial(_export, store, ref, as_gguf))
 
     async def compare(
         self, store: VersionStore, left: VersionRef, right: VersionRef
@@ -89,12 +90,16 @@ async def _staging(store: VersionStore) -> AsyncIterator[Path]:
         await asyncio.to_thread(folder.__exit__, None, None, None)
 
 
-def _export(store: VersionStore, ref: VersionRef) -> tuple[IO[bytes], int]:
-    check_not_deleted(store.registry.version(ref))
+def _export(store: VersionStore, ref: VersionRef, as_gguf: bool) -> tuple[IO[bytes], int]:
+    version = store.registry.version(ref)
+    check_not_deleted(version)
     with store.staging() as folder:
-        path = folder / f"{ref}.zip"
+        path = folder / f"{ref}.{'gguf' if as_gguf else 'zip'}"
         try:
-            store.export(ref, path)
+            if as_gguf:
+                export_gguf(store, version, path)
+            else:
+                store.export(ref, path)
         except AdapterError as error:
             raise AdapterError(str(error).removeprefix(f"{path}: ")) from error
         return path.open("rb"), path.stat().st_size

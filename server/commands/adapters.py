@@ -22,7 +22,7 @@ usage: sterna adapters VERB ...
   history   every change of an adapter: when, what, why and who asked
   create    a name that the base answers for until a version is live
   import    a PEFT directory or zip file as a new version
-  export    a version as a zip file or a directory
+  export    a version as a zip file, a directory, or a GGUF file for llama.cpp
   diff      how two versions differ
   shadow    also run a version on a share of episodes, unseen
   canary    let a version answer a share of episodes

@@ -71,20 +71,55 @@ def import_version(arguments: Sequence[str]) -> None:
 
 
 def export_version(arguments: Sequence[str]) -> None:
-    from server.commands.adapters_files import written_to
-
-    parser = make_parser("export", "A version as a zip file or a PEFT directory.", "tools@1 tools-1.zip")
-    parser.add_argument("version", metavar="VERSION", type=version_ref)
+    parser = make_parser(
+        "export", "A version as a PEFT zip file or directory, or for llama.cpp.", "tools@1 --gguf tools-1.gguf"
+    )
+    parser.add_argument("version", metavar="VERSION", help="tools@1; the name alone is its live version")
     parser.add_argument(
         "path", metavar="PATH", type=Path, nargs="?", help="of a .zip file, else of a directory [VERSION.zip]"
     )
+    parser.add_argument(
+        "--gguf", metavar="FILE", type=Path, help="instead: one file for llama.cpp's --lora, for the same base model"
+    )
     options = parser.parse_args(arguments)
-    path = options.path or Path(f"{options.version}.zip")
+    if options.gguf is not None and options.path is not None:
+        parser.error(f"two targets, {options.path} and --gguf {options.gguf}; an export has one")
     with open_client(options) as client:
-        version = client.get(version_path(options.version))
-        with written_to(path) as file:
-            client.download(version_path(options.version, "export"), file, what=str(options.version))
-    print(json.dumps(version | {"path": str(path)}) if options.json else f"{options.version}: exported to {path}")
+        ref = VersionRef.parse(options.version) or _live_version(client, options.version)
+        facts = client.get(version_path(ref))
+        facts |= _save_gguf(client, ref, options.gguf) if options.gguf else _save_peft(client, ref, options.path)
+    if options.json:
+        print(json.dumps(facts))
+        return
+    print(f"{ref}: exported to {facts['path']}")
+    if folded := facts.get("folded"):
+        print(f"  matrices whose values hold a part of their scale, as a file has one alpha for all: {len(folded)}")
+
+
+def _live_version(client: ServerClient, name: str) -> VersionRef:
+    live = client.get(adapter_path(name))["live"]
+    ref = None if live is None else VersionRef.parse(live)
+    if ref is None:
+        raise RemoteError(f"{name} has no live version; name one, such as {name}@1")
+    return ref
+
+
+def _save_peft(client: ServerClient, ref: VersionRef, path: Path | None) -> dict[str, Any]:
+    from server.commands.adapters_files import written_to
+
+    path = path or Path(f"{ref}.zip")
+    with written_to(path) as file:
+        client.download(version_path(ref, "export"), file, what=str(ref))
+    return {"path": str(path)}
+
+
+def _save_gguf(client: ServerClient, ref: VersionRef, path: Path) -> dict[str, Any]:
+    from server.commands.adapters_files import folded_tensors, written_to
+
+    with written_to(path, is_zip=False) as file:
+        client.download(version_path(ref, "export"), file, what=str(ref), format="gguf")
+        folded = folded_tensors(path, file)
+    return {"path": str(path), "folded": folded}
 
 
 def start_shadow(arguments: Sequence[str]) -> None:

@@ -1,9 +1,10 @@
-"""Adapters on this machine: a directory packed for its way to the server, a zip file unpacked on its way back.
+"""Adapters on this machine: a directory packed for its way to the server, a file taken (or unpacked) on its way back.
 
 The rules of which files belong to an adapter are the server's own (server/adapters/source.py), so that what it would
 refuse is refused here with the same words before anything is sent.
 """
 
+import mmap
 import os
 import shutil
 import stat
@@ -50,8 +51,8 @@ def _pack(source: Path, target: IO[bytes]) -> int:
 
 
 @contextmanager
-def written_to(target: Path) -> Iterator[IO[bytes]]:
-    """A file for a zip, that becomes `target` at the end: as it is when called .zip, else unpacked into a directory.
+def written_to(target: Path, *, is_zip: bool = True) -> Iterator[IO[bytes]]:
+    """A file that becomes `target` at the end; a zip file is unpacked into a directory unless it is called .zip.
 
     `target` appears whole or not at all. Raises AdapterError when it exists or cannot be written.
     """
@@ -59,8 +60,8 @@ def written_to(target: Path) -> Iterator[IO[bytes]]:
         raise AdapterError(f"{target} exists already")
     beside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
-        if target.suffix == ".zip":
-            with beside.open("xb") as file:
+        if target.suffix == ".zip" or not is_zip:
+            with beside.open("x+b") as file:
                 yield file
         else:
             with tempfile.TemporaryFile(prefix="sterna-") as packed:
@@ -73,6 +74,21 @@ def written_to(target: Path) -> Iterator[IO[bytes]]:
         if beside.is_dir():
             shutil.rmtree(beside)
         beside.unlink(missing_ok=True)
+
+
+def folded_tensors(target: Path, file: IO[bytes]) -> list[str]:
+    """Of a LoRA GGUF file that just came: the tensors with a part of the scale in their B. Raises AdapterError."""
+    from quant.errors import ModelFileError
+    from quant.gguf_reader import read_header
+    from quant.lora_gguf import FOLDED_KEY
+
+    file.flush()
+    try:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            names: list[str] = read_header(data, target).metadata.get(FOLDED_KEY, [])
+    except (ModelFileError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        raise AdapterError(f"{target}: what came is no whole GGUF file: {error}") from None
+    return names
 
 
 def _unpack(packed: IO[bytes], target: Path, directory: Path) -> None:

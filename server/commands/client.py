@@ -85,10 +85,10 @@ class ServerClient:
         )
         return self._json(request)
 
-    def download(self, path: str, target: IO[bytes], *, what: str) -> None:
+    def download(self, path: str, target: IO[bytes], *, what: str, **query: Any) -> None:
         """Write what comes into `target`, with a bar called `what`."""
         with self._faults():
-            response = self._http.send(self._http.build_request("GET", path), stream=True)
+            response = self._http.send(self._http.build_request("GET", path, params=_given(query)), stream=True)
             try:
                 if response.status_code != 200:
                     response.read()

@@ -12,6 +12,7 @@ import _sterna
 from quant.errors import ModelFileError
 from quant.formats import GGMLType
 from quant.model_file import ModelConfig, ModelFile, Tensor
+from quant.rope_order import half_split_rows
 
 _PROJECTIONS = {
     "attn_q": "q_proj",
@@ -32,16 +33,6 @@ _VECTORS = {
     "attn_v.bias": "v_bias",
 }
 _MATRICES = {"token_embd.weight": "embedding", "output.weight": "head"}
-
-
-def half_split_rows(config: ModelConfig, num_heads: int) -> np.ndarray:
-    """For each row in half-split order the row of an interleaved Q or K weight that holds it: int32 (rows,)."""
-    head = np.arange(config.head_dim)
-    half = config.rope_dim // 2
-    rotary = head[: config.rope_dim]
-    head[: config.rope_dim] = np.concatenate([rotary[0::2], rotary[1::2]])
-    assert half * 2 == config.rope_dim
-    return (np.arange(num_heads)[:, None] * config.head_dim + head[None]).reshape(-1).astype(np.int32)
 
 
 def load_model(

@@ -6,6 +6,7 @@ import json
 import stat
 import zipfile
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import httpx
 import numpy as np
 import pytest
 
+from quant.gguf_reader import read_header
 from server.adapters.files import LocalFiles
 from server.adapters.version import VersionRef
 from server.admin.adapter_transfer import EXTRA_BYTES
 from tests.server.adapters.make import adapter_dir
 from tests.server.admin.adapter_files import WHY, ZIP, act, adapter_zip, error, message, put, upload, zip_of
-from tests.server.engine.test_lora_files import BASE_CONFIG, everywhere, tensors_for, write_adapter
+from tests.server.engine.test_lora_files import BASE_CONFIG, everywhere, module_name, tensors_for, write_adapter
 from tests.server.openai.harness import DIGEST, Harness, async_test, serving
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -275,4 +277,54 @@ async def test_a_version_whose_files_are_gone_is_the_server_s_fault(tmp_path: Pa
         assert error(response) == (503, "service_unavailable")
         assert "tools@1" in message(response)
         assert "sterna-harness" not in message(response)
+        assert left_behind(h) == []
+
+
+@async_test
+async def test_a_version_for_llama_cpp(tmp_path: Path) -> None:
+    async with serving() as h:
+        version = (await upload(h.http, adapter_zip(tmp_path))).json()
+        path = "/v1/adapters/tools/versions/1/export"
+        exported = await h.http.get(path, params={"format": "gguf"})
+        assert exported.headers["content-type"] == "application/octet-stream"
+        assert exported.headers["content-disposition"] == 'attachment; filename="tools@1.gguf"'
+        assert int(exported.headers["content-length"]) == len(exported.content)
+        header = read_header(exported.content, Path("tools@1.gguf"))
+        facts = {"general.name": "tools@1", "sterna.version": "tools@1", "sterna.digest": version["digest"]}
+        facts |= {"sterna.base_digest": DIGEST, "adapter.lora.alpha": 6.0}
+        assert {name: header.metadata[name] for name in facts} == facts
+        kinds = ("attn_q", "attn_v")
+        assert {name: one.shape for name, one in header.tensors.items() if name.startswith("blk.2")} == {
+            f"blk.2.{kind}.weight.lora_{half}": shape
+            for kind, rows in zip(kinds, (12, 6), strict=True)
+            for half, shape in (("a", (2, 8)), ("b", (rows, 2)))
+        }
+        assert (await h.http.get(path, params={"format": "peft"})).headers["content-type"] == "application/zip"
+        assert error(await h.http.get(path, params={"format": "GGUF"})) == (400, None)
+        assert error(await h.http.get(path, params={"formt": "gguf"})) == (400, "unknown_parameter")
+        assert left_behind(h) == []
+
+
+@async_test
+async def test_what_llama_cpp_s_file_cannot_hold(tmp_path: Path) -> None:
+    async with serving() as h:
+        tensor = f"base_model.model.{module_name(0, 'q_proj')}.lora_B.weight"
+
+        def enlarge(tensors: dict[str, Any]) -> None:
+            tensors[tensor] = (tensors[tensor][0] * 1e37, "F32")
+
+        scaled = with_tensors(tmp_path, enlarge, alpha_pattern={"layers.0.self_attn.q_proj": 6000})
+        assert (await upload(h.http, scaled)).status_code == 201
+        refused = await h.http.get("/v1/adapters/tools/versions/1/export", params={"format": "gguf"})
+        assert error(refused) == (400, None)
+        assert message(refused) == (
+            "tools@1 cannot be written for llama.cpp: blk.0.attn_q.weight.lora_b: its scale 3000 is too far from the "
+            "others' to be put into its values as float32"
+        )
+
+        assert h.records.versions is not None
+        h.records.versions.base = replace(h.records.versions.base, digest="sha256:" + "e" * 64)
+        refused = await h.http.get("/v1/adapters/tools/versions/1/export", params={"format": "gguf"})
+        assert error(refused) == (400, None)
+        assert "was trained on the base sha256:" in message(refused)
         assert left_behind(h) == []

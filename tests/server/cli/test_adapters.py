@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from quant.gguf_reader import read_header
 from server import cli
 from tests.server.adapters.make import adapter_dir
 from tests.server.cli.live_app import LiveApp, live_app
@@ -188,6 +189,37 @@ def test_a_failed_export_leaves_nothing(sterna: Terminal, two: str) -> None:
     for target in ("x.zip", "x"):
         assert sterna.fault(f"export {two}@1 {target}") == f"{two}@1 was deleted; import it again"
     assert {path.name for path in Path().iterdir()} == {"peft-1", "peft-2"}
+
+
+def test_exports_for_llama_cpp(sterna: Terminal, two: str) -> None:
+    assert sterna(f"export {two}@1 --gguf one.gguf") == f"{two}@1: exported to one.gguf\n"
+    header = read_header(Path("one.gguf").read_bytes(), Path("one.gguf"))
+    assert (header.metadata["general.type"], header.metadata["sterna.version"]) == ("adapter", f"{two}@1")
+    assert len(header.tensors) == 2 * 2 * 3
+
+    folder = adapter_dir(Path("peft-3"), 3, alpha_pattern={"layers.1.self_attn.v_proj": 2})
+    sterna(f"import {two} {folder}")
+    said = sterna(f"export {two}@3 --gguf three").splitlines()
+    assert said[0] == f"{two}@3: exported to three"
+    assert said[1] == "  matrices whose values hold a part of their scale, as a file has one alpha for all: 1"
+    exported = sterna.json(f"export {two}@3 --gguf four")
+    assert (exported["path"], exported["folded"]) == ("four", ["blk.1.attn_v.weight"])
+
+    assert sterna.fault(f"export {two}@1 --gguf one.gguf") == "one.gguf exists already"
+    assert sterna.fault(f"export {two}@1 --gguf no/such/folder") == "no/such/folder: No such file or directory"
+    assert sterna.fault(f"export {two}@9 --gguf nine").startswith(f"there is no version {two}@9")
+    assert sterna.fault(f"export {two}@1 here --gguf there", code=2).startswith("two targets, here and --gguf there;")
+    assert {path.name for path in Path().iterdir()} == {
+        "peft-1", "peft-2", "peft-3", "one.gguf", "three", "four"
+    }  # fmt: skip
+
+
+def test_an_export_of_the_live_version(sterna: Terminal, two: str) -> None:
+    assert sterna.fault(f"export {two}") == f"{two} has no live version; name one, such as {two}@1"
+    assert sterna.fault("export nothing") == "there is no adapter 'nothing'"
+    sterna(f"promote {two}@2 --override")
+    assert sterna(f"export {two}") == f"{two}@2: exported to {two}@2.zip\n"
+    assert sterna(f"export {two} --gguf x.gguf") == f"{two}@2: exported to x.gguf\n"
 
 
 def test_diff(sterna: Terminal, two: str) -> None:

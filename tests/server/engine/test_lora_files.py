@@ -25,6 +25,7 @@ class SmallModel:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 3
+    architecture: str = "qwen2"
 
 
 MODEL = SmallModel()
