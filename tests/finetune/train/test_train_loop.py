@@ -19,6 +19,7 @@ from finetune.train.checkpoint import Checkpoints, Machine
 from finetune.train.loop import StepLog, TrainResult, train
 from finetune.train.schedule import learning_rate
 from finetune.train.settings import TrainSettings
+from tests.patience import PATIENCE_SECONDS
 
 IDENTITY = {"data": "sha256:1"}
 Batch = tuple[Tensor, Tensor]
@@ -244,7 +245,7 @@ def test_two_processes_agree_with_one(tmp_path: Path) -> None:
         "--standalone",
         str(script),
     ]
-    subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": root})
+    subprocess.run(command, check=True, timeout=PATIENCE_SECONDS, env={**os.environ, "PYTHONPATH": root})
     found = load_file(tmp_path / "two" / "out.safetensors")
     assert torch.allclose(found["losses"], torch.tensor([log.loss for log in logs], dtype=torch.float64), rtol=1e-12)
     assert all(torch.allclose(alone[name], found[name], rtol=1e-10, atol=1e-12) for name in alone)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from server.adapters.version import Version, VersionRef
 from server.errors import AdapterError
+from tests.patience import PATIENCE_SECONDS
 
 
 @dataclass(eq=False)
@@ -91,7 +92,7 @@ async def settle() -> None:
 
 async def until(condition: Callable[[], bool]) -> None:
     """Threads do part of the work, so there is nothing to await; the limit is for a bug, not a measurement."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             if condition():
                 return

@@ -21,6 +21,7 @@ from openai import NotFoundError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.config import DEFAULT_MODEL
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[3]
 PROMPT = "Name three animals that live in the sea."
@@ -74,7 +75,9 @@ class User:
             )
         assert self._process.stdout is not None
         found = re.search(r"http://127\.0\.0\.1:\d+", self._process.stdout.readline())
-        assert found, self.errors()
+        if found is None:
+            self._end()
+            raise AssertionError(f"the server did not start:\n{self.errors()}")
         self._environment["STERNA_URL"] = self.url = found[0]
         self.client = OpenAI(api_key="none needed", base_url=f"{self.url}/v1", max_retries=0)
         self.num_asked.clear()
@@ -82,16 +85,22 @@ class User:
     def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
         assert self._process is not None
         self._process.send_signal(how)
-        code = self._process.wait(30)
-        assert code == (0 if how is signal.SIGTERM else -how)
+        code = self._process.wait(PATIENCE_SECONDS)
         self.client.close()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._process = None
+        self._end()
+        assert code == (0 if how is signal.SIGTERM else -how)
 
     def close(self) -> None:
         if self._process is not None:
-            self.stop(signal.SIGKILL)
+            self.client.close()
+            self._end()
+
+    def _end(self) -> None:
+        """Whatever state it is in: nothing is left running or open."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.communicate()
+        self._process = None
 
     def errors(self) -> str:
         return (self._folder / "stderr").read_text()

@@ -10,6 +10,7 @@ from server.errors import ServerUnavailableError
 from server.metrics import Metrics
 from server.openai.body import validate
 from server.openai.protocol.chat import ChatRequest
+from tests.patience import PATIENCE_SECONDS
 from tests.server.backends.fake_upstream import HELLO, FakeUpstream, Reply, as_json, sse, upstream
 from tests.server.backends.upstream_driver import BODY, KEY, chat, new_call
 from tests.server.openai.harness import async_test
@@ -25,7 +26,7 @@ async def test_closing_the_generator_closes_the_connection() -> None:
         backend = UpstreamBackend(fake.url)
         async with aclosing(backend.chat(validate(BODY, ChatRequest), new_call(metrics))) as chunks:
             await anext(chunks)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await fake.client_left.wait()
         await backend.aclose()
     assert 'finished_reason="cancelled"' in metrics.render()[0].decode()
@@ -41,7 +42,7 @@ async def test_cancelling_the_task_closes_the_connection(reply: Reply) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await fake.client_left.wait()
         await backend.aclose()
 
@@ -69,7 +70,7 @@ async def test_a_body_that_stays_open_after_done_holds_nothing_up(monkeypatch: p
     async with upstream(Reply(sse(*HELLO).parts, ends="hanging")) as fake:
         backend = UpstreamBackend(fake.url)
         assert (await chat(backend, BODY))[-1]["usage"] is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await fake.client_left.wait()
         await backend.aclose()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import uvicorn
 
+from tests.patience import PATIENCE_SECONDS
 from tests.server.openai.harness import Harness, serving
 
 
@@ -40,12 +41,12 @@ def live_app(**options: Any) -> Iterator[LiveApp]:
     thread = threading.Thread(target=asyncio.run, args=(main(),))
     thread.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(PATIENCE_SECONDS)
         harness, loop = found[0]
         try:
             yield LiveApp(f"http://127.0.0.1:{listener.getsockname()[1]}", harness)
         finally:
             loop.call_soon_threadsafe(stop.set)
     finally:
-        thread.join(30)
+        thread.join(PATIENCE_SECONDS)
         listener.close()

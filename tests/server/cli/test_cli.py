@@ -156,15 +156,13 @@ def test_listing_models_loads_no_numpy_and_no_server() -> None:
 
 def test_a_reader_that_leaves_is_no_traceback() -> None:
     script = f"import sys; from server import cli; sys.exit(cli.main(['models', 'path', {str(Path(__file__))!r}]))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert process.wait() == 1
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
 
 
 @pytest.mark.real_model

@@ -8,21 +8,24 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from finetune.rounds.round import Phase
+from finetune.rounds.store import RoundStore
+from server.storage.database import open_database
+from tests.patience import PATIENCE_SECONDS, until
 from tests.tiny_models import write_tiny_gguf
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a"]}}}
-PATIENCE_SECONDS = 240.0
 
 
 class Up:
@@ -58,9 +61,13 @@ class Up:
         self.lines: list[str] = []
         self.thread = threading.Thread(target=self._read)
         self.thread.start()
-        self.wait_for(lambda: self.said(r"Sterna is up") is not None)
-        found = self.said(r"it serves on (\S+) and learns on (\S+)")
-        assert found is not None
+        try:
+            self.wait_for(lambda: self.said(r"Sterna is up"))
+            found = self.said(r"it serves on (\S+) and learns on (\S+)")
+            assert found is not None
+        except BaseException:
+            self.close()
+            raise
         self.url, self.sidecar = found[1], found[2]
 
     def _read(self) -> None:
@@ -72,11 +79,8 @@ class Up:
         return next((found for line in reversed(self.lines) if (found := re.search(pattern, line))), None)
 
     def wait_for(self, is_so: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not is_so():
-            assert self.process.poll() is None, "\n".join(self.lines)
-            assert time.monotonic() < deadline, "\n".join(self.lines)
-            time.sleep(0.1)
+        until(lambda: is_so() or self.process.poll() is not None, lambda: "\n".join(self.lines))
+        assert self.process.poll() is None, "\n".join(self.lines)
 
     def sterna(self, *arguments: str) -> str:
         command = [sys.executable, "-m", "server.cli", *arguments]
@@ -87,6 +91,11 @@ class Up:
     def rounds(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(self.sterna("finetune", "rounds", "--json"))
         return found
+
+    def phases(self) -> list[Phase]:
+        """From the database: a command takes so long to start that a whole phase could pass between two."""
+        with closing(open_database(f"sqlite:///{self.folder}/data/sterna.db")) as database:
+            return [one.phase for one in RoundStore(database).list(limit=9)]
 
     def sidecar_pid(self) -> int:
         for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -110,8 +119,10 @@ class Up:
 @pytest.fixture
 def up(tmp_path: Path) -> Iterator[Up]:
     made = Up(tmp_path, write_tiny_gguf(tmp_path / "tiny.gguf", context_length=4096))
-    yield made
-    made.close()
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def conversations() -> str:
@@ -130,8 +141,8 @@ def conversations() -> str:
 def test_a_round_survives_the_death_of_the_sidecar(up: Up) -> None:
     (up.folder / "log.jsonl").write_text(conversations())
     up.sterna("traces", "import", "log.jsonl", "--adapter", "tools")
-    assert httpx.post(f"{up.sidecar}/rounds", json={"adapter": "tools"}).status_code == 202
-    up.wait_for(lambda: [one["phase"] for one in up.rounds()] == ["train"])
+    assert httpx.post(f"{up.sidecar}/rounds", json={"adapter": "tools"}, timeout=PATIENCE_SECONDS).status_code == 202
+    up.wait_for(lambda: up.phases() == [Phase.TRAIN])
     os.kill(up.sidecar_pid(), signal.SIGKILL)
     up.wait_for(lambda: up.said(r"finetune ended \(exit code -9\); started again in 1 s"))
     up.wait_for(lambda: up.rounds()[0]["result"])
@@ -142,10 +153,12 @@ def test_a_round_survives_the_death_of_the_sidecar(up: Up) -> None:
     assert round["decision"]["opponent"] == "tiny"
     report = up.sterna("finetune", "report", "tools-r1")
     assert "## tools@1 against tiny (the base: no version is live)" in report
-    assert httpx.get(f"{up.url}/v1/adapters/tools").json()["versions"][0]["origin"] == "tools-r1"
-    assert httpx.get(f"{up.url}/health").status_code == 200, "the server never noticed"
+    assert (
+        httpx.get(f"{up.url}/v1/adapters/tools", timeout=PATIENCE_SECONDS).json()["versions"][0]["origin"] == "tools-r1"
+    )
+    assert httpx.get(f"{up.url}/health", timeout=PATIENCE_SECONDS).status_code == 200, "the server never noticed"
     up.process.send_signal(signal.SIGTERM)
-    assert up.process.wait(60) == 0
+    assert up.process.wait(PATIENCE_SECONDS) == 0
     assert not any("Traceback" in line for line in up.lines), "\n".join(up.lines)
     assert any(line.startswith("serve    | Sterna serves tiny on http://127.0.0.1:") for line in up.lines)
     assert any(line.startswith("finetune | Sterna learns on http://127.0.0.1:") for line in up.lines)

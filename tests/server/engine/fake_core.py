@@ -15,6 +15,7 @@ from hashlib import blake2b
 import numpy as np
 
 from server.engine.params import Grammar, SamplingParams
+from tests.patience import PATIENCE_SECONDS
 
 NO_CELL = (-1, -1, "never written")
 Cell = tuple[int, int, str]
@@ -165,7 +166,7 @@ class FakeCore:
             StepRecord(np.diff(seq_starts).tolist(), seq_positions.tolist(), lora_slots.tolist(), logit_rows.tolist())
         )
         self.threads.add(threading.current_thread().name)
-        if self.gate is not None and not self.gate.wait(30):
+        if self.gate is not None and not self.gate.wait(PATIENCE_SECONDS):
             raise TimeoutError("the test never opened the gate")
         if self.fail_steps:
             self.fail_steps -= 1

@@ -10,6 +10,7 @@ from server.engine.engine import Engine
 from server.engine.lora_types import LoraProjection, LoraWeights
 from server.engine.params import EngineOutput, SamplingParams
 from server.engine.stream import TokenStream, merge_outputs
+from tests.patience import PATIENCE_SECONDS
 from tests.server.engine.core_twin import PROJECTIONS, Shape, Twin
 from tests.server.engine.test_engine_thread import CycleGrammar
 
@@ -57,7 +58,7 @@ def run(main, *, num_blocks: int = 400, **options) -> tuple[list[EngineOutput], 
         engine.start(asyncio.get_running_loop())
         try:
             results = await main(engine)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while engine.stats().num_blocks_used:  # noqa: ASYNC110 - the engine's thread frees them
                     await asyncio.sleep(0.001)
             return results, engine

@@ -14,6 +14,7 @@ from server.engine.lora_types import LoraProjection, LoraWeights
 from server.engine.params import EngineOutput, SamplingParams
 from server.engine.stream import TokenStream, merge_outputs
 from server.errors import AdapterError, ConfigError, InvalidRequestError, QueueFullError, ServerUnavailableError
+from tests.patience import PATIENCE_SECONDS
 from tests.server.engine.fake_core import FakeCore, lora_content, reference_tokens
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
@@ -49,7 +50,7 @@ async def finish(stream: TokenStream) -> EngineOutput:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 a yield, no wait: nothing signals what the other thread does
             await asyncio.sleep(0)
 

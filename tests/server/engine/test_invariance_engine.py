@@ -24,6 +24,7 @@ from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.sequence import Sequence as EngineSequence
 from server.engine.stream import merge_outputs
 from server.engine.weights import load_core
+from tests.patience import PATIENCE_SECONDS
 from tests.tiny_models import write_tiny_gguf
 
 VOCAB = 384
@@ -154,7 +155,7 @@ class Run:
             return merge_outputs(outputs)
 
         tasks = []
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             for wave in waves:
                 events = [asyncio.Event() for _ in wave]
                 pairs = zip(wave, events, strict=True)

@@ -13,4 +13,4 @@ __all__ = ["database_url", "postgres_url", "sqlite_url"]
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights: what it says means nothing, and takes no time."""
-    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", context_length=1024)
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", context_length=8192)

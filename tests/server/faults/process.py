@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parents[3]
 MODEL = "tiny"
-TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,7 @@ class Server:
         """Never raises for what a dying server does to a connection."""
         sent = {"Connection": "close", "Content-Type": "application/json"} | dict(headers)
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_SECONDS)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
         try:
             connection.request(method, path, data, sent)
             return _read(connection.getresponse())
@@ -122,16 +124,28 @@ class Server:
 
     @contextmanager
     def under_way(self, num_tokens: int) -> Iterator[Callable[[], Reply]]:
-        """A stream of which the beginning has arrived; what it gives reads the rest."""
+        """A stream of which the beginning has arrived; what it gives lets it go on and reads the rest.
+
+        Until then the whole server is halted (SIGSTOP), so that nothing depends on how long the stream lasts.
+        """
         body = chat_body("Say much.", stream=True, num_tokens=num_tokens)
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=TIMEOUT_SECONDS)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_SECONDS)
         headers = {"Connection": "close", "Content-Type": "application/json"}
-        connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
-        response = connection.getresponse()
-        assert response.status == 200, response.read()
-        start = response.read1()
-        yield lambda: _read(response, start)
-        connection.close()
+
+        def go_on() -> Reply:
+            self.process.send_signal(signal.SIGCONT)
+            return _read(response, start)
+
+        try:
+            connection.request("POST", "/v1/chat/completions", json.dumps(body).encode(), headers)
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            start = response.read1()
+            self.process.send_signal(signal.SIGSTOP)
+            yield go_on
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+            connection.close()
 
     def chat(
         self,
@@ -164,6 +178,6 @@ class Server:
     def stop(self) -> int:
         """Drained; returns the exit code."""
         self.process.terminate()
-        code = self.process.wait(timeout=TIMEOUT_SECONDS)
+        code = self.process.wait(timeout=PATIENCE_SECONDS)
         self.kill()
         return code

@@ -1,19 +1,16 @@
 """A live version whose files are damaged or gone: its requests hear why, all others are answered, and it comes back."""
 
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.patience import until
 from tests.server.faults.load import ADAPTER, adapter_zip, import_version, promote
 from tests.server.faults.process import Server
 
 pytestmark = pytest.mark.slow
-
-DEADLINE_SECONDS = 30.0
-"""Failed loads are tried again after 1, 2, 4, ... seconds."""
 
 
 def cut(file: Path) -> None:
@@ -53,10 +50,7 @@ def test_a_live_version_with_bad_files(damage: Callable[[Path], None], tiny_mode
 
         shutil.rmtree(weights.parent, ignore_errors=True)
         kept.rename(weights.parent)
-        end = time.monotonic() + DEADLINE_SECONDS
-        while server.metric("adapters_failing"):
-            assert time.monotonic() < end, "it is not tried again"
-            time.sleep(0.05)
+        until(lambda: not server.metric("adapters_failing"), "it is tried again, after 1, 2, 4, ... seconds")
         after = server.chat("say", model=ADAPTER, num_tokens=20)
         assert after.status == 200
         assert after.headers["x-sterna-adapter-digest"] == before.headers["x-sterna-adapter-digest"]

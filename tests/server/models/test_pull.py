@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from server.errors import ConfigError
 from server.models.catalog import HubSource, PyPISource
 from server.models.pull import pull_model
+from tests.patience import PATIENCE_SECONDS
 from tests.server.models.package_index import GGUF, PackageIndex, make_entry
 
 HUB = HubSource("someone/tiny-GGUF", "0" * 40, "tiny.gguf")
@@ -150,9 +152,17 @@ sys.exit(cli.main(["models", "pull", "tiny", "--cache-dir", sys.argv[1]]))
 """
 
 
-def start_pull(cache_dir: Path) -> subprocess.Popen[str]:
+@contextmanager
+def start_pull(cache_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """Nothing of it outlives the block, neither a pipe nor the pip of one that was killed."""
     command = [sys.executable, "-c", COMMAND, str(cache_dir)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as pull:
+        try:
+            yield pull
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(pull.pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -161,18 +171,18 @@ def test_an_interrupted_pull_leaves_no_model_and_can_be_repeated(
     tmp_path: Path, index: PackageIndex, signum: signal.Signals
 ) -> None:
     index.go_on.clear()
-    pull = start_pull(tmp_path)
-    assert index.is_half_way.wait(30)
-    os.killpg(pull.pid, signum) if signum == signal.SIGINT else pull.send_signal(signum)
-    _, errors = pull.communicate(timeout=30)
+    with start_pull(tmp_path) as pull:
+        assert index.is_half_way.wait(PATIENCE_SECONDS)
+        os.killpg(pull.pid, signum) if signum == signal.SIGINT else pull.send_signal(signum)
+        _, errors = pull.communicate(timeout=PATIENCE_SECONDS)
     assert pull.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[signum]
     assert "Traceback" not in errors
     left = names(tmp_path / "models")
     assert left == [".tiny.lock"] if signum != signal.SIGKILL else "tiny" not in left
 
     index.go_on.set()
-    again = start_pull(tmp_path)
-    output, errors = again.communicate(timeout=30)
+    with start_pull(tmp_path) as again:
+        output, errors = again.communicate(timeout=PATIENCE_SECONDS)
     assert (again.returncode, errors) == (0, "")
     assert output == f"tiny: pulled into {tmp_path}/models/tiny/tiny.gguf\n"
     assert names(tmp_path / "models") == [".tiny.lock", "tiny"]
@@ -181,10 +191,10 @@ def test_an_interrupted_pull_leaves_no_model_and_can_be_repeated(
 @pytest.mark.slow
 def test_two_pulls_at_once_download_once(tmp_path: Path, index: PackageIndex) -> None:
     index.go_on.clear()
-    first = start_pull(tmp_path)
-    assert index.is_half_way.wait(30)
-    second = start_pull(tmp_path)
-    index.go_on.set()
-    outputs = [pull.communicate(timeout=30)[0] for pull in (first, second)]
+    with start_pull(tmp_path) as first:
+        assert index.is_half_way.wait(PATIENCE_SECONDS)
+        with start_pull(tmp_path) as second:
+            index.go_on.set()
+            outputs = [pull.communicate(timeout=PATIENCE_SECONDS)[0] for pull in (first, second)]
     assert [output.split()[1] for output in outputs] == ["pulled", "already"]
     assert index.num_downloads == 1

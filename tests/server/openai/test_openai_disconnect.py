@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from server.app import create_app
+from tests.patience import PATIENCE_SECONDS
 from tests.server.openai.harness import MODEL, async_test, say, scripted_runtime, serving
 from tests.server.openai.scripted import Answer, ScriptedEngine, byte_tokenizer
 
@@ -108,7 +109,7 @@ def uvicorn_server(engine: ScriptedEngine) -> Iterator[str]:
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        assert started.wait(30)
+        assert started.wait(PATIENCE_SECONDS)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -122,4 +123,4 @@ def test_leaving_a_real_connection_frees_the_sequence() -> None:
     with uvicorn_server(engine) as url:
         with httpx.stream("POST", f"{url}/v1/chat/completions", json={**BODY, "stream": True}) as response:
             assert next(response.iter_text()).startswith("data: ")
-        assert cancelled.wait(30)
+        assert cancelled.wait(PATIENCE_SECONDS)

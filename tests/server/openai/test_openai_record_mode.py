@@ -21,6 +21,7 @@ from server.runtime import open_runtime
 from server.traces.filters import TraceFilter
 from server.traces.queries import FullTrace
 from server.traces.viewer import ADMIN
+from tests.patience import PATIENCE_SECONDS
 from tests.server.backends.fake_upstream import (
     HEAD,
     HELLO,
@@ -64,7 +65,7 @@ class Recording:
 
     async def settled(self) -> FullTrace:
         """The only one, for which nobody waited."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while not (found := await asyncio.to_thread(self.traces)):  # noqa: ASYNC110 - another thread writes it
                 await asyncio.sleep(0.002)
         [trace] = found
@@ -234,7 +235,7 @@ async def test_a_client_that_leaves_is_logged_and_frees_the_upstream(tmp_path: P
         await client.got_data.wait()
         client.leave.set()
         await request
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             await fake.client_left.wait()
         trace = await r.settled()
     assert trace.summary.status == "cancelled"

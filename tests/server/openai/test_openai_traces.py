@@ -13,6 +13,7 @@ from server.traces.filters import TraceFilter
 from server.traces.queries import FullTrace
 from server.traces.record import TraceRecord
 from server.traces.viewer import ADMIN
+from tests.patience import PATIENCE_SECONDS
 from tests.server.openai.harness import MODEL, Harness, async_test, serving
 from tests.server.openai.scripted import DIGEST, Answer
 from tests.server.openai.test_openai_chat import CALL, TOOL, USER, chat
@@ -26,7 +27,7 @@ def logged(h: Harness) -> list[FullTrace]:
 
 async def settled(h: Harness, count: int) -> list[FullTrace]:
     """For records that nobody waits for."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(PATIENCE_SECONDS):
         while len(found := await asyncio.to_thread(logged, h)) < count:  # noqa: ASYNC110 - another thread writes them
             await asyncio.sleep(0.002)
     return found
@@ -236,7 +237,7 @@ async def test_an_answer_that_cannot_be_logged_has_no_end() -> None:
             response = await h.post("/v1/chat/completions", body)
             after = await h.post("/v1/chat/completions", body)
             patch.undo()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(PATIENCE_SECONDS):
                 while (await h.post("/v1/chat/completions", body)).status_code == 503:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             assert [trace.summary.status for trace in logged(h)] == ["ok"]

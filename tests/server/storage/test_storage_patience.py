@@ -8,6 +8,7 @@ import pytest
 from server.storage import patience as module
 from server.storage.errors import DatabaseUnavailableError
 from server.storage.patience import Patience
+from tests.patience import PATIENCE_SECONDS
 
 
 def test_answers_and_failures_come_through() -> None:
@@ -41,7 +42,7 @@ def test_a_silence_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
                 await patience.ask(question)
         assert num_asked <= 2  # the second when the clock's grain let it
         speaks.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_SECONDS):
             while patience._asking:  # noqa: ASYNC110 - the thread ends when it ends
                 await asyncio.sleep(0.001)
         assert await patience.ask(question) == 7

@@ -24,6 +24,7 @@ from server.traces.log import TraceLog
 from server.traces.record import TraceRecord
 from server.traces.store import TraceStore
 from server.traces.tables import traces
+from tests.patience import PATIENCE_SECONDS
 from tests.server.postgres import Cluster, cluster
 from tests.server.traces.builders import make_record
 
@@ -91,7 +92,7 @@ class CountingStore(TraceStore):
         self.may_write = threading.Event()
 
     def write(self, records: Sequence[TraceRecord], *, is_retry: bool = False) -> list[str]:
-        assert self.may_write.wait(10)
+        assert self.may_write.wait(PATIENCE_SECONDS)
         self.batches.append(len(records))
         return super().write(records, is_retry=is_retry)
 
@@ -444,13 +445,12 @@ asyncio.run(load(log))
 
 def kill_a_writer(url: str, num_acknowledged: int) -> set[str]:
     """Runs a writer in a process of its own, kills it after so many acknowledgements, and returns all it gave."""
-    process = subprocess.Popen([sys.executable, "-c", WRITER, url], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    acknowledged = {process.stdout.readline().strip() for _ in range(num_acknowledged)}
-    process.send_signal(signal.SIGKILL)
-    rest = process.stdout.read()
-    process.wait()
-    process.stdout.close()
+    command = [sys.executable, "-c", WRITER, url]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        acknowledged = {process.stdout.readline().strip() for _ in range(num_acknowledged)}
+        process.send_signal(signal.SIGKILL)
+        rest = process.stdout.read()
     return acknowledged | {line for line in rest.splitlines(keepends=False) if len(line) == len("trace-") + 32}
 
 
