@@ -17,6 +17,7 @@ from finetune.dataset.snapshot import Selection, Snapshot, erase_deleted, folder
 from finetune.dataset.source import read_traces
 from finetune.gate.results import RegressionScore
 from finetune.gate.settings import GateSettings
+from finetune.model.allocator import keep_freed_memory
 from finetune.rounds.engine import Done, Over, Stage, Task
 from finetune.rounds.errors import RoundError, SnapshotChangedError
 from finetune.rounds.gating import run_gate
@@ -97,6 +98,7 @@ class Work:
         from finetune.rounds.training import run_training
 
         torch.set_num_threads(self.threads)
+        keep_freed_memory()
         pause = self.make_pause(task.check)
         return run_training(task, self._frozen(round), self.model, self._own(round), parent=parent, pause=pause)
 
