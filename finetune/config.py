@@ -94,6 +94,15 @@ class FinetuneSettings(BaseModel):
     )
     max_example_tokens: Count = Field(2048, description="longer examples are left out, and counted")
     checkpoint_every: Count = Field(20, description="optimizer steps; what a kill can cost")
+    # Off: in one epoch every example is new when its step comes, so the training loss tells the same for nothing, and
+    # the schedule ends at its floor. It pays where epochs > 1.
+    evaluate_every: Count | None = Field(
+        None, description="optimizer steps between two losses on a validation part; the best one is kept [never]"
+    )
+    patience: Count | None = Field(None, description="such losses without a better one that end training [never]")
+    validation_share: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.05, description="of the training side's clusters, validated on at most, and not trained on"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="of orders and of the first weights")
 
     # -- gate and watch
@@ -115,6 +124,12 @@ class FinetuneSettings(BaseModel):
     def _webhooks_are_signed(self) -> Self:
         if self.webhook_urls and self.webhook_secret is None:
             raise ValueError("webhook_urls needs webhook_secret: whoever receives one must be able to check it")
+        return self
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_wait_for(self) -> Self:
+        if self.patience is not None and self.evaluate_every is None:
+            raise ValueError("patience needs evaluate_every: it counts evaluations")
         return self
 
     def of_round(self) -> dict[str, Any]:

@@ -107,14 +107,17 @@ class TrainModel:
         """The LoRA factors by PEFT's names: float32 leaves (float64 in a float64 model)."""
         return self._parameters
 
-    def loss(self, packed: Packed, normalizer: float, *, dropout_seed: int = 0) -> Loss:
-        """`normalizer`: the weights of the whole optimizer step, summed. `dropout_seed` keys the dropout's masks."""
+    def loss(self, packed: Packed, normalizer: float, *, dropout_seed: int | None = 0) -> Loss:
+        """`normalizer`: the weights of the whole optimizer step, summed. `dropout_seed` keys the dropout's masks; None:
+        no dropout, as the adapter is served."""
         if not normalizer > 0:
             raise ValueError(f"the normalizer is {normalizer}; it must be above 0")
         terms = sort_terms(packed)
         if not len(terms.rows):
             return Loss(torch.zeros((), dtype=self._wide, device=self.device), 0.0, torch.zeros(0, dtype=self._wide))
-        layers = self._with_dropout(dropout_seed) if self.spec.dropout else self._layers
+        layers = self._layers
+        if self.spec.dropout and dropout_seed is not None:
+            layers = self._with_dropout(dropout_seed)
         hidden = self._hidden(layers, packed.token_ids, packed.positions, packed.segments, terms.rows)
         total, losses = linear_cross_entropy(hidden, self.frozen.head, self._loss_terms(packed, terms))
         per_row = torch.empty_like(losses)

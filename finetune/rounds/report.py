@@ -72,7 +72,13 @@ def _of_training(facts: Mapping[str, Any]) -> list[str]:
     if not facts:
         return []
     text = f"- training: {facts['num_steps']} steps, {facts['num_tokens']} tokens, loss {facts['first_loss']:.4f}"
-    return [f"{text} at first, {facts['last_loss']:.4f} at last", *([] if facts["is_exact"] else [_INEXACT])]
+    lines = [f"{text} at first, {facts['last_loss']:.4f} at last", *([] if facts["is_exact"] else [_INEXACT])]
+    if "validation" in facts:
+        found = facts["validation"]
+        best = f"best loss {found['best_loss']:.4f} after step {found['best_step']}, which is exported"
+        stopped = "; training stopped early" if found["stopped_early"] else ""
+        lines.append(f"- validation on {found['num_examples']} examples of the training side: {best}{stopped}")
+    return lines
 
 
 _INEXACT = "- resumed on another kind of machine: equal within tolerance, not bit for bit"

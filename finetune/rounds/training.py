@@ -10,23 +10,24 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from finetune.config import FinetuneSettings
 from finetune.dataset.examples import snapshot_examples
+from finetune.dataset.packing import pack
 from finetune.dataset.snapshot import Snapshot
 from finetune.dataset.token_classes import ClassWeights
 from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
 from finetune.model.peft import CONFIG_NAME, TENSORS_NAME, export_peft, import_peft
-from finetune.packed import Packed
+from finetune.packed import Example, Packed
+from finetune.rounds.adapter import Adapter, Keyed, validation_loss
 from finetune.rounds.engine import Done, Task
 from finetune.rounds.errors import RoundError
 from finetune.rounds.steps import Steps
+from finetune.rounds.validation import split_validation
 from finetune.rounds.weights import PEFT, Parent
 from finetune.train.loop import StepLog, train
 from finetune.train.settings import TrainSettings
@@ -56,8 +57,9 @@ def run_training(
             raise RoundError(f"the base changed: {model} is {trained.base_digest()}, the round began with another")
         if parent is not None:
             import_peft(trained, task.folder / PARENT)
+        examples, validated = _examples(snapshot, own)
         steps = Steps(
-            list(snapshot_examples(snapshot, _class_weights(own))),
+            examples,
             seed=own.seed,
             epochs=own.epochs,
             micro_batch_tokens=own.micro_batch_tokens,
@@ -71,13 +73,17 @@ def run_training(
             optimizer=own.optimizer,
             schedule=own.schedule,
             checkpoint_every=own.checkpoint_every,
+            eval_every=own.evaluate_every or 0,
+            patience=own.patience or 0,
             seed=own.seed,
         )
         losses = task.folder / LOSSES
+        _cut_torn_line(losses)
 
         def on_step(log: StepLog) -> None:
             with losses.open("a") as file:
-                file.write(json.dumps([log.step, log.loss]) + "\n")
+                file.write(json.dumps([log.step, log.loss, log.validation_loss]) + "\n")
+            measured = {} if log.validation_loss is None else {"validation_loss": log.validation_loss}
             task.progress(
                 log.step,
                 steps.num_steps,
@@ -86,11 +92,12 @@ def run_training(
                 grad_norm=log.grad_norm,
                 num_tokens=log.num_tokens,
                 tokens_per_second=log.tokens_per_second,
+                **measured,
             )
 
         result = train(
-            _Adapter(trained),
-            lambda step: [_Keyed(one, own.seed + 1_000_003 * step + place) for place, one in enumerate(steps(step))],
+            Adapter(trained),
+            lambda step: [Keyed(one, own.seed + 1_000_003 * step + place) for place, one in enumerate(steps(step))],
             settings,
             task.folder / "checkpoints",
             identity={
@@ -98,53 +105,50 @@ def run_training(
                 "base": task.round.base_digest,
                 "lora": _plain(spec),
                 "parent": None if parent is None else parent.name,
+                "validation": [one.num_real_tokens for one in validated],
             },
+            evaluate=(lambda: validation_loss(trained, validated, pause)) if validated else None,
             pause=pause,
             on_step=on_step,
         )
         _write_peft(trained, task.folder / PEFT)
     finally:
         trained.close()
-    curve = _curve(losses)
-    return Done(
-        {
-            "num_steps": result.progress.step,
-            "num_tokens": result.progress.num_tokens,
-            "first_loss": curve[0][1],
-            "last_loss": curve[-1][1],
-            "losses": curve[:: -(-len(curve) // NUM_POINTS)],
-            "is_exact": result.is_exact,
+    logged = _logged(losses)
+    curve = [[step, loss] for step, loss, _ in logged]
+    facts = {
+        "num_steps": result.progress.step,
+        "num_tokens": result.progress.num_tokens,
+        "first_loss": curve[0][1],
+        "last_loss": curve[-1][1],
+        "losses": curve[:: -(-len(curve) // NUM_POINTS)],
+        "is_exact": result.is_exact,
+    }
+    if validated:
+        facts["validation"] = {
+            "num_examples": sum(one.num_examples for one in validated),
+            "losses": [[step, loss] for step, _, loss in logged if loss is not None],
+            "best_step": result.progress.best_step,
+            "best_loss": result.progress.best_loss,
+            "stopped_early": result.stopped_early,
         }
+    return Done(facts)
+
+
+def _examples(snapshot: Snapshot, own: FinetuneSettings) -> tuple[list[Example], list[Packed]]:
+    """What is trained on, and the micro-batches that are validated on. Raises RoundError."""
+    examples = list(snapshot_examples(snapshot, _class_weights(own)))
+    if own.evaluate_every is None:
+        return examples, []
+    examples, validated = split_validation(
+        examples,
+        share=own.validation_share,
+        evaluate_every=own.evaluate_every,
+        tokens_per_step=own.tokens_per_step,
+        seed=own.seed,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Keyed:
-    """A micro-batch, and what its dropout is drawn from."""
-
-    packed: Packed
-    key: int
-
-
-class _Adapter:
-    """What the loop trains."""
-
-    def __init__(self, model: TrainModel) -> None:
-        self._model = model
-
-    def parameters(self) -> dict[str, Tensor]:
-        return self._model.parameters()
-
-    def weight_of(self, batch: _Keyed) -> float:
-        return float(batch.packed.loss_weights.sum(dtype="float64"))
-
-    def tokens_of(self, batch: _Keyed) -> int:
-        return batch.packed.num_real_tokens
-
-    def backward(self, batch: _Keyed, normalizer: float) -> float:
-        loss = self._model.loss(batch.packed, normalizer, dropout_seed=batch.key)
-        loss.backward()
-        return loss.ce_sum / normalizer
+    longest = max(own.micro_batch_tokens, *(len(one.token_ids) for one in validated))
+    return examples, pack(validated, longest, seed=own.seed, epoch=0)
 
 
 def _class_weights(own: FinetuneSettings) -> ClassWeights:
@@ -169,13 +173,21 @@ def _write_peft(model: TrainModel, target: Path) -> None:
     new.rename(target)
 
 
-def _curve(path: Path) -> list[list[float]]:
-    """(step, loss): of a step that a resumed run did again, the last line; both are the same."""
-    steps: dict[int, float] = {}
-    for line in path.read_bytes().rpartition(b"\n")[0].splitlines():
-        step, loss = json.loads(line)
-        steps[step] = loss
-    return [[step, steps[step]] for step in sorted(steps)]
+def _cut_torn_line(path: Path) -> None:
+    """What a kill in the middle of a write left; the step comes again."""
+    if path.exists():
+        whole, newline, _ = path.read_bytes().rpartition(b"\n")
+        with path.open("r+b") as file:
+            file.truncate(len(whole) + len(newline))
+
+
+def _logged(path: Path) -> list[tuple[int, float, float | None]]:
+    """(step, loss, validation loss): of a step that a resumed run did again, the last line; both are the same."""
+    steps: dict[int, tuple[int, float, float | None]] = {}
+    for line in path.read_bytes().splitlines():
+        step, loss, validation = json.loads(line)
+        steps[step] = (step, loss, validation)
+    return [steps[step] for step in sorted(steps)]
 
 
 def _unpack(parent: Parent, folder: Path) -> LoraSpec:

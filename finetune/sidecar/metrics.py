@@ -27,6 +27,9 @@ class SidecarMetrics:
         self._rounds = self._counter("rounds", "Rounds that ended.", "result")
         self._gates = self._counter("gate", "Decisions of the gate.", "result")
         self._loss = self._gauge("train_loss", "Mean loss per unit of weight, of the last step.", "adapter")
+        self._validation = self._gauge(
+            "train_validation_loss", "Mean loss on the validation part, when last measured.", "adapter"
+        )
         self._norm = self._gauge("train_grad_norm", "Before clipping, of the last step.", "adapter")
         self._rate = self._gauge("train_learning_rate", "Of the last step.", "adapter")
         self._speed = self._gauge("train_tokens_per_second", "Real tokens, of the last step.", "adapter")
@@ -70,7 +73,8 @@ class SidecarMetrics:
         adapter = round.ref.adapter
         self._progress.labels(adapter).set(num_done / max(num_in_all, 1))
         gauges = {"loss": self._loss, "grad_norm": self._norm, "learning_rate": self._rate}
-        for name, gauge in (gauges | {"tokens_per_second": self._speed}).items():
+        gauges |= {"tokens_per_second": self._speed, "validation_loss": self._validation}
+        for name, gauge in gauges.items():
             if name in values:
                 gauge.labels(adapter).set(values[name])
         self._tokens.labels(adapter).inc(values.get("num_tokens", 0))

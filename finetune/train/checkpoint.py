@@ -1,7 +1,7 @@
 """Checkpoints of a run: parameters, optimizer and counters in one directory that is whole or not there.
 
     <run>/step-00000040/{parameters,optimizer}.safetensors, state.json
-    <run>/best-00000040/...   the parameters with the lowest held-out loss
+    <run>/best-00000040/...   the parameters with the lowest validation loss
 
 Written beside and renamed, so that a kill at any instruction leaves the one before. The newest two are kept. Random
 numbers are keyed by (seed, step, example), so no generator's state is stored. Safetensors and JSON only.

@@ -60,7 +60,7 @@ class StepLog:
     """Before clipping."""
     num_tokens: int
     tokens_per_second: float
-    held_out_loss: float | None = None
+    validation_loss: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,9 @@ def train(
 ) -> TrainResult:
     """Train from where `directory` left off. `batches(step)`: all micro-batches of step 0, 1, ...; always the same.
 
-    `identity`: digests of data and base, so that a checkpoint of another run is refused. `evaluate`: held-out loss of
-    the present parameters. `pause` is called between micro-batches and may wait. Raises DivergedError, TrainingError.
+    `identity`: digests of data and base, so that a checkpoint of another run is refused. `evaluate`: the validation
+    loss of the present parameters. `pause` is called between micro-batches and may wait. `on_step` comes before the
+    step's checkpoint: after a kill between the two it hears of the step again. Raises DivergedError, TrainingError.
     """
     ranks = ranks or Alone()
     parameters = model.parameters()
@@ -127,16 +128,16 @@ def train(
             first_loss=loss if progress.first_loss is None else progress.first_loss,
         )
         seconds = time.perf_counter() - start
-        held_out = None
+        validation = None
         is_last = progress.step == settings.num_steps
         if evaluate is not None and settings.eval_every and (is_last or progress.step % settings.eval_every == 0):
-            held_out = evaluate()
-            progress = _judged(progress, held_out)
-            if progress.best_step == progress.step and ranks.rank == 0:
-                checkpoints.save_best(progress, parameters)
-        if ranks.rank == 0 and (is_last or progress.step % settings.checkpoint_every == 0 or held_out is not None):
+            validation = evaluate()
+            progress = _judged(progress, validation)
+        on_step(StepLog(progress.step, loss, rate, grad_norm, num_tokens, num_tokens / seconds, validation))
+        if validation is not None and progress.best_step == progress.step and ranks.rank == 0:
+            checkpoints.save_best(progress, parameters)
+        if ranks.rank == 0 and (is_last or progress.step % settings.checkpoint_every == 0 or validation is not None):
             checkpoints.save(progress, parameters, optimizer.state())
-        on_step(StepLog(progress.step, loss, rate, grad_norm, num_tokens, num_tokens / seconds, held_out))
 
     if progress.best_step is not None and progress.best_step != progress.step:
         _copy_into(parameters, checkpoints.load_best(progress.best_step))
@@ -149,7 +150,7 @@ def _is_over(progress: Progress, settings: TrainSettings) -> bool:
 
 def _judged(progress: Progress, loss: float) -> Progress:
     if not math.isfinite(loss):
-        raise DivergedError(f"the held-out loss after step {progress.step} is {loss}")
+        raise DivergedError(f"the validation loss after step {progress.step} is {loss}")
     if progress.best_loss is None or loss < progress.best_loss:
         return replace(progress, best_loss=loss, best_step=progress.step, num_worse=0)
     return replace(progress, num_worse=progress.num_worse + 1)

@@ -34,7 +34,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     eval_every: int = 0
-    """Steps between two evaluations on held-out data; 0: never."""
+    """Steps between two evaluations on validation data; 0: never."""
     patience: int = 0
     """Evaluations without a better one after which training stops early; 0: never."""
     checkpoint_every: int = 20

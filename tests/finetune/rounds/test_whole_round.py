@@ -18,6 +18,7 @@ from finetune.dataset.snapshot import Snapshot, folder_name
 from finetune.rounds.engine import RoundEngine
 from finetune.rounds.lease import take
 from finetune.rounds.promotion import abandon
+from finetune.rounds.report import round_page
 from finetune.rounds.round import Phase, Result, Round
 from finetune.rounds.store import RoundStore
 from finetune.rounds.work import Work
@@ -171,6 +172,18 @@ def test_from_the_log_to_a_canary(bench: Bench) -> None:
     assert list((bench.folder / "rounds" / "tools-r1").iterdir()) == []
 
 
+def test_the_best_checkpoint_is_exported(bench: Bench) -> None:
+    bench.settings = SETTINGS.model_copy(update={"evaluate_every": 1, "patience": 2, "learning_rate": 0.3})
+    done = bench.run()
+    facts = done.facts["train"]
+    found = facts["validation"]
+    losses = dict(found["losses"])
+    assert losses[found["best_step"]] == found["best_loss"] == min(losses.values())
+    assert found["stopped_early"] == (facts["num_steps"] < SETTINGS.max_steps)
+    assert found["num_examples"] >= 1
+    assert "which is exported" in round_page(done)
+
+
 @pytest.mark.slow
 def test_two_rounds_in_a_row_hold_nothing_out_twice(bench: Bench) -> None:
     first = bench.run()
@@ -217,9 +230,12 @@ def disturbed(bench: Bench, dice: random.Random, mean: int) -> tuple[Round, int]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("seed", "mean"), [(1, 120), (2, 40)])
+@pytest.mark.parametrize(
+    ("seed", "mean", "changes"),
+    [(1, 120, {}), (2, 40, {}), (3, 60, {"evaluate_every": 1, "patience": 1, "learning_rate": 0.3, "dropout": 0.1})],
+)
 def test_killed_anywhere_it_ends_with_the_same_weights_and_the_same_decision(
-    tiny_model: Path, tmp_path: Path, seed: int, mean: int
+    tiny_model: Path, tmp_path: Path, seed: int, mean: int, changes: dict[str, Any]
 ) -> None:
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
@@ -230,6 +246,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights_and_the_same_decision(
     first, second = (
         _on_a_copy(tmp_path / "log.db", tiny_model, tmp_path / name) for name in ("undisturbed", "disturbed")
     )
+    first.settings = second.settings = SETTINGS.model_copy(update=changes)
     expected = first.run()
     found, num_kills = disturbed(second, random.Random(seed), mean)
     assert num_kills > 2

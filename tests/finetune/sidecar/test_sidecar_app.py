@@ -102,9 +102,11 @@ def test_the_metrics_of_a_round(bench: Bench) -> None:
     assert bench.value("examples", adapter="tools", part="train", outcome="kept") == 90
     assert bench.value("examples", adapter="tools", part="train", outcome="unlabelled") == 7
     bench.metrics.on_progress(
-        round, 3, 12, loss=0.5, grad_norm=2.0, learning_rate=1e-4, tokens_per_second=300.0, num_tokens=2000
-    )
+        round, 3, 12, loss=0.5, grad_norm=2.0, learning_rate=1e-4, tokens_per_second=300.0, num_tokens=2000,
+        validation_loss=0.7,
+    )  # fmt: skip
     assert bench.value("round_progress_ratio", adapter="tools") == 0.25
+    assert bench.value("train_validation_loss", adapter="tools") == 0.7
     for name, value in (("loss", 0.5), ("grad_norm", 2.0), ("learning_rate", 1e-4), ("tokens_per_second", 300.0)):
         assert bench.value(f"train_{name}", adapter="tools") == value
     assert bench.value("train_tokens_total", adapter="tools") == 2000

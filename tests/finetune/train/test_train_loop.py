@@ -141,7 +141,7 @@ def test_it_stops_early_and_gives_back_the_best(tmp_path: Path) -> None:
     assert result.stopped_early
     assert (result.progress.step, result.progress.best_step, result.progress.best_loss) == (30, 15, 1.0)
     assert torch.equal(found["head.weight"], kept[2])
-    assert [log.held_out_loss for log in logs if log.held_out_loss is not None] == [3.0, 2.0, 1.0, 1.5, 1.6, 1.7]
+    assert [log.validation_loss for log in logs if log.validation_loss is not None] == [3.0, 2.0, 1.0, 1.5, 1.6, 1.7]
     _, logs, found = run(tmp_path, settings=settings, evaluate=evaluate)
     assert logs == []
     assert torch.equal(found["head.weight"], kept[2])
