@@ -8,7 +8,7 @@ A round that is unfinished is taken up first, with the settings that it began wi
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,23 @@ class Runner:
             elif parent is not None and round.parent != parent:
                 raise RoundError(f"{round.ref} is unfinished and did not begin with {adapter}@{parent}: run it first")
             return self._to_the_end(lease, round, is_bug_final=is_bug_final)
+
+    def run_requested(self, adapter: str, *, cause: str) -> Sequence[Round]:
+        """What is unfinished and then what was asked for, each to its end; nothing where somebody else has begun it.
+
+        Raises as `run`, but never waits for another holder.
+        """
+        done = []
+        with held(self.database, adapter, is_waiting=False, sleep=self.sleep) as lease:
+            unfinished = self.store.unfinished(adapter)
+            if unfinished is not None:
+                done.append(self._to_the_end(lease, unfinished, is_bug_final=True))
+            round = self.store.begin_requested(
+                lease, cause=cause, base_digest=self.base_digest, settings=self.settings.of_round()
+            )
+            if round is not None:
+                done.append(self._to_the_end(lease, round, is_bug_final=True))
+        return done
 
     def forget(self, adapter: str) -> None:
         """Erase what snapshots hold of traces that were deleted since."""

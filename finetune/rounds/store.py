@@ -1,25 +1,35 @@
 """Rounds in the database: begun, moved from phase to phase, begun anew, finished. Every write is fenced by the lease.
 
 A round is in one row; what is too large for it (snapshot, checkpoints, answers) is in its directory. A phase's results
-and the step to the next phase are one transaction. Synchronous: call it from a thread.
+and the step to the next phase are one transaction; so are a round's begin and the end of the request for it.
+Synchronous: call it from a thread.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, insert, select, update
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from finetune.rounds.errors import LeaseHeldError, RoundNotFoundError
 from finetune.rounds.lease import Lease, check_lease
 from finetune.rounds.round import PHASES, Phase, Result, Round, RoundRef
-from finetune.rounds.tables import rounds
+from finetune.rounds.tables import requests, rounds
 from server.adapters.version import check_adapter_name
 from server.storage.clock import Clock, utc_now
 from server.storage.database import Database
 from server.traces.tables import feedback, traces
 
 LOCK = "rounds"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Somebody asked for a round that has not begun."""
+
+    adapter: str
+    parent: int | None
 
 
 class RoundStore:
@@ -59,36 +69,41 @@ class RoundStore:
             row = connection.execute(query.order_by(rounds.c.number.desc()).limit(1)).one_or_none()
         return None if row is None else _round(row)
 
+    def requests(self) -> Sequence[Request]:
+        """Oldest first."""
+        query = select(requests).order_by(requests.c.created_at, requests.c.adapter)
+        with self._database.read() as connection:
+            return [Request(row.adapter, row.parent) for row in connection.execute(query)]
+
     # -- writing ------------------------------------------------------------------------------------------------------
+
+    def request(self, adapter: str, parent: int | None) -> None:
+        """A round of it is to begin; in place of an earlier request."""
+        row = {"adapter": check_adapter_name(adapter), "parent": parent, "created_at": self._clock()}
+        with self._database.write(lock=LOCK) as connection:
+            connection.execute(delete(requests).where(requests.c.adapter == adapter))
+            connection.execute(insert(requests).values(row))
+
+    def begin_requested(
+        self, lease: Lease, *, cause: str, base_digest: str, settings: Mapping[str, Any]
+    ) -> Round | None:
+        """None: nobody asks for one (any more). Raises LeaseLostError."""
+        with self._fenced(lease) as connection:
+            mine = requests.c.adapter == lease.name
+            row = connection.execute(select(requests).where(mine)).one_or_none()
+            if row is None:
+                return None
+            connection.execute(delete(requests).where(mine))
+            ref = self._insert(connection, lease, cause, base_digest, settings, row.parent)
+        return self.get(ref)
 
     def begin(
         self, lease: Lease, *, cause: str, base_digest: str, settings: Mapping[str, Any], parent: int | None = None
     ) -> Round:
         """The next round of the lease's adapter, with the traces that there are now. Raises LeaseLostError."""
-        adapter = check_adapter_name(lease.name)
-        now = self._clock()
         with self._fenced(lease) as connection:
-            mine = rounds.c.adapter == adapter
-            if connection.scalar(select(rounds.c.number).where(mine, rounds.c.result.is_(None))) is not None:
-                raise LeaseHeldError(f"a round of {adapter} is unfinished")
-            number = 1 + (connection.scalar(select(func.max(rounds.c.number)).where(mine)) or 0)
-            row = {
-                "adapter": adapter,
-                "number": number,
-                "phase": PHASES[0],
-                "reason": "",
-                "cause": cause,
-                "parent": parent,
-                "base_digest": base_digest,
-                "settings": dict(settings),
-                "last_seq": connection.scalar(select(func.max(traces.c.seq))) or 0,
-                "facts": {"begin": {"last_feedback_seq": connection.scalar(select(func.max(feedback.c.seq))) or 0}},
-                "num_restarts": 0,
-                "created_at": now,
-                "updated_at": now,
-            }
-            connection.execute(insert(rounds).values(row))
-        return self.get(RoundRef(adapter, number))
+            ref = self._insert(connection, lease, cause, base_digest, settings, parent)
+        return self.get(ref)
 
     def advance(self, lease: Lease, round: Round, facts: Mapping[str, Any], **columns: Any) -> Round:
         """The phase is done. `columns`: snapshot, version, decision. Raises LeaseLostError."""
@@ -127,6 +142,39 @@ class RoundStore:
             done = connection.execute(update(rounds).where(this).values(updated_at=self._clock(), **columns))
             assert done.rowcount == 1, f"{ref} is finished"
         return self.get(ref)
+
+    def _insert(
+        self,
+        connection: Connection,
+        lease: Lease,
+        cause: str,
+        base_digest: str,
+        settings: Mapping[str, Any],
+        parent: int | None,
+    ) -> RoundRef:
+        adapter = check_adapter_name(lease.name)
+        now = self._clock()
+        mine = rounds.c.adapter == adapter
+        if connection.scalar(select(rounds.c.number).where(mine, rounds.c.result.is_(None))) is not None:
+            raise LeaseHeldError(f"a round of {adapter} is unfinished")
+        number = 1 + (connection.scalar(select(func.max(rounds.c.number)).where(mine)) or 0)
+        row = {
+            "adapter": adapter,
+            "number": number,
+            "phase": PHASES[0],
+            "reason": "",
+            "cause": cause,
+            "parent": parent,
+            "base_digest": base_digest,
+            "settings": dict(settings),
+            "last_seq": connection.scalar(select(func.max(traces.c.seq))) or 0,
+            "facts": {"begin": {"last_feedback_seq": connection.scalar(select(func.max(feedback.c.seq))) or 0}},
+            "num_restarts": 0,
+            "created_at": now,
+            "updated_at": now,
+        }
+        connection.execute(insert(rounds).values(row))
+        return RoundRef(adapter, number)
 
     @contextmanager
     def _fenced(self, lease: Lease) -> Iterator[Connection]:

@@ -1,4 +1,4 @@
-"""The tables of rounds, of the leases under which they run, of watched versions and of what webhooks have been told."""
+"""Tables: rounds and requests for them, the leases under which they run, watched versions, what webhooks were told."""
 
 from sqlalchemy import BigInteger, Boolean, Column, Index, Integer, String, Table, Text
 
@@ -37,6 +37,15 @@ Index(
     postgresql_where=_is_unfinished,
 )
 """One round at a time per adapter, whatever the leases say."""
+
+requests = Table(
+    "finetune_requests",
+    metadata,
+    # One an adapter: asking twice before the round begins is asking once, with the later parent.
+    Column("adapter", String(64), primary_key=True),
+    Column("parent", Integer),
+    Column("created_at", UtcDateTime, nullable=False),
+)
 
 leases = Table(
     "finetune_leases",

@@ -3,8 +3,9 @@
     GET  /rounds[?adapter=tools]                     the rounds, newest first
     POST /rounds {"adapter": "tools", "parent": 7}   begin one as soon as may be; `parent`: a warm start from tools@7
 
-Whoever may ask the server for its adapters may ask here: the caller's API key is shown to the server. Not here: what a
-round is (finetune/rounds), and when it begins (loop.py).
+A request is in the database before it is answered, so the next sidecar takes it where this one dies. Whoever may ask
+the server for its adapters may ask here: the caller's API key is shown to the server. Not here: what a round is
+(finetune/rounds), and when it begins (loop.py).
 """
 
 import asyncio
@@ -61,7 +62,7 @@ def build_app(
             adapter, parent = _read(await request.body())
         except (ValueError, AdapterError) as error:
             return _error(400, str(error))
-        request_round(adapter, parent)
+        await asyncio.to_thread(request_round, adapter, parent)
         return JSONResponse({"object": "round.request", "adapter": adapter, "parent": parent}, 202)
 
     routes = [

@@ -6,7 +6,6 @@ what a round does (finetune/rounds), and when one is due (triggers.py).
 """
 
 import logging
-import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from finetune.errors import FinetuneError
 from finetune.rounds.errors import LeaseHeldError, StoppedError
 from finetune.rounds.lease import Lease, held
 from finetune.rounds.runner import Runner, open_runner
+from finetune.rounds.store import Request
 from finetune.rounds.watching import Watcher
 from finetune.sidecar.app import build_app, serving
 from finetune.sidecar.metrics import SidecarMetrics
@@ -70,11 +70,10 @@ def run_sidecar(
         runner.engine.sweep()
         for name in {round.ref.adapter for round in runner.store.list()}:
             _show_last(runner, metrics, name)
-        wanted: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
         wake = threading.Event()
 
         def request_round(adapter: str, parent: int | None) -> None:
-            wanted.put((adapter, parent))
+            runner.store.request(adapter, parent)
             wake.set()
 
         app = build_app(runner.store, metrics, request_round=request_round, may_ask=lambda key: may_ask(remote, key))
@@ -86,16 +85,19 @@ def run_sidecar(
         on_ready(url)
         while not stop.event.is_set():
             wake.clear()
-            _one_turn(runner, own, wanted)
+            _one_turn(runner, own)
             _wait(own.poll_seconds, wake, stop)
 
 
-def _one_turn(runner: Runner, own: FinetuneSettings, wanted: "queue.SimpleQueue[tuple[str, int | None]]") -> None:
+def _one_turn(runner: Runner, own: FinetuneSettings) -> None:
     """What was asked for, what is unfinished, what is due. One adapter's fault is no other's."""
-    while not wanted.empty():
-        adapter, parent = wanted.get()
-        with _faults_told(adapter):
-            _run(runner, adapter, "asked for over HTTP", parent)
+    asked: Sequence[Request] = ()
+    with _faults_told("the sidecar"):
+        asked = runner.store.requests()
+    for request in asked:
+        with _faults_told(request.adapter):
+            for round in runner.run_requested(request.adapter, cause="asked for over HTTP"):
+                logger.info("%s ended: %s", round.ref, round.result)
     names: Sequence[str] = own.adapters
     with _faults_told("the sidecar"):
         names = names or runner.api.adapter_names()
@@ -104,7 +106,8 @@ def _one_turn(runner: Runner, own: FinetuneSettings, wanted: "queue.SimpleQueue[
             runner.forget(adapter)
             cause = _cause(runner, own, adapter)
             if cause is not None:
-                _run(runner, adapter, cause, None)
+                round = runner.run(adapter, cause=cause, is_waiting=False, is_bug_final=True)
+                logger.info("%s ended: %s", round.ref, round.result)
 
 
 @contextmanager
@@ -131,12 +134,6 @@ def _cause(runner: Runner, own: FinetuneSettings, adapter: str) -> str | None:
     every = None if own.every_hours is None else timedelta(hours=own.every_hours)
     found = due(runner.database, adapter, min_new_traces=own.min_new_traces, every=every, now=utc_now())
     return None if found is None else found.cause
-
-
-def _run(runner: Runner, adapter: str, cause: str, parent: int | None) -> None:
-    """Raises LeaseHeldError and what else `Runner.run` raises."""
-    round = runner.run(adapter, cause=cause, parent=parent, is_waiting=False, is_bug_final=True)
-    logger.info("%s ended: %s", round.ref, round.result)
 
 
 def _watch(runner: Runner, own: FinetuneSettings, metrics: SidecarMetrics, stop: Stop) -> None:

@@ -65,6 +65,23 @@ def test_one_round_at_a_time(database: Database, lease: Lease) -> None:
         begin(database, lease)
 
 
+def test_a_request_is_there_until_its_round_is(database: Database, lease: Lease) -> None:
+    store = RoundStore(database)
+    options: dict[str, Any] = {"cause": "asked", "base_digest": "sha256:0", "settings": {}}
+    assert store.begin_requested(lease, **options) is None
+    store.request("tools", 3)
+    store.request("tools", 5)
+    first = begin(database, lease)
+    with pytest.raises(LeaseHeldError, match="unfinished"):
+        store.begin_requested(lease, **options)
+    assert [(one.adapter, one.parent) for one in RoundStore(database).requests()] == [("tools", 5)], "another sidecar's"
+    store.finish(lease, first, Result.REJECTED, "test")
+    second = store.begin_requested(lease, **options)
+    assert second is not None
+    assert (second.ref, second.parent, second.cause) == (RoundRef("tools", 2), 5, "asked")
+    assert store.requests() == []
+
+
 class KilledError(BaseException):
     """Nothing catches it, as nothing catches a kill."""
 

@@ -1,6 +1,5 @@
 """The sidecar's turns: what is taken up, begun and left alone, and that one adapter's fault is no other's."""
 
-import queue
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,8 +35,8 @@ class FakeRunner:
     def forget(self, adapter: str) -> None:
         self.forgot.append(adapter)
 
-    def run(self, adapter: str, *, cause: str, parent: int | None, **options: Any) -> Any:
-        self.ran.append((adapter, cause, parent))
+    def run(self, adapter: str, *, cause: str, **options: Any) -> Any:
+        self.ran.append((adapter, cause, None))
         if adapter in self.fault:
             raise self.fault[adapter]
         lease = take(self.database, adapter, holder="test")
@@ -45,6 +44,15 @@ class FakeRunner:
             lease, cause=cause, base_digest="sha256:0", settings={}
         )
         return self.store.finish(lease, round, Result.REJECTED, "test")
+
+    def run_requested(self, adapter: str, *, cause: str) -> Any:
+        if adapter in self.fault:
+            raise self.fault[adapter]
+        lease = take(self.database, adapter, holder="test")
+        round = self.store.begin_requested(lease, cause=cause, base_digest="sha256:0", settings={})
+        assert round is not None
+        self.ran.append((adapter, cause, round.parent))
+        return [self.store.finish(lease, round, Result.REJECTED, "test")]
 
 
 @pytest.fixture
@@ -61,10 +69,9 @@ def runner(database: Database, server: FakeServer) -> FakeRunner:
 
 
 def turn(runner: FakeRunner, *asked: tuple[str, int | None], **settings: Any) -> None:
-    wanted: queue.SimpleQueue[tuple[str, int | None]] = queue.SimpleQueue()
-    for one in asked:
-        wanted.put(one)
-    loop._one_turn(runner, FinetuneSettings(**({"min_new_traces": 2} | settings)), wanted)  # type: ignore[arg-type]
+    for adapter, parent in asked:
+        runner.store.request(adapter, parent)
+    loop._one_turn(runner, FinetuneSettings(**({"min_new_traces": 2} | settings)))  # type: ignore[arg-type]
 
 
 def test_nothing_is_due(runner: FakeRunner) -> None:
@@ -143,6 +150,17 @@ def test_one_adapters_fault_is_no_others(
     (record,) = [one for one in caplog.records if one.name == loop.__name__ and "b-r1" not in one.getMessage()]
     assert record.levelname == level
     assert str(error) in (record.exc_text or "") or str(error) in record.getMessage()
+
+
+def test_what_was_asked_for_waits_for_its_turn(runner: FakeRunner) -> None:
+    runner.fault = {"a": LeaseHeldError("process 7 on elsewhere works on a")}
+    turn(runner, ("a", 3), ("b", None), ("b", 4))
+    assert runner.ran == [("b", "asked for over HTTP", 4)], "asked twice is asked once"
+    runner.fault = {}
+    turn(runner)
+    assert runner.ran[1:] == [("a", "asked for over HTTP", 3)]
+    turn(runner)
+    assert len(runner.ran) == 2
 
 
 def test_sleep_ends_with_the_stop() -> None:
