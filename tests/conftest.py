@@ -1,4 +1,9 @@
-"""Where the default model is; and the data of servers under test is never the user's."""
+"""Where the default model is, and where temporary files go; and the data of servers under test is never the user's.
+
+Temporary files are in memory where there is enough: half of many a test is one that waits for the disk (every commit
+of SQLite does), and a machine that never loses its power learns nothing from that. All of it is gone at the end;
+`--basetemp=FOLDER` keeps what tests have written to `tmp_path`, on the disk.
+"""
 
 import atexit
 import os
@@ -6,14 +11,50 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from server.config import DEFAULT_MODEL, Settings
 from server.models.catalog import resolve_model
+from server.storage import patience
+from server.traces import log
+from tests.patience import PATIENCE_SECONDS
+
+MEMORY = Path("/dev/shm")
+ENOUGH_BYTES = 4 << 30
+"""A run of all tests leaves about 1 GiB, most of it the wheel's build and models."""
+
+
+def put_temporary_files_in_memory() -> None:
+    """For this process and all that it starts: xdist's workers, servers, PostgreSQL."""
+    if "PYTEST_XDIST_WORKER" in os.environ or not MEMORY.is_dir():
+        return
+    found = os.statvfs(MEMORY)
+    if found.f_flag & os.ST_NOEXEC or found.f_bavail * found.f_frsize < ENOUGH_BYTES:  # as in Docker
+        return
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="sterna-tests-", dir=MEMORY)
+    os.chmod(tempfile.tempdir, 0o755)  # PostgreSQL runs as another user
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+
+
+put_temporary_files_in_memory()
 
 # For this process and the servers that tests start.
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="sterna-data-")
 atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
+
+# What the server tells its clients when the database hangs; a test machine that is busy hangs for a while, and is well.
+# The tests of these set their own.
+patience.PATIENCE_SECONDS = log.STALL_SECONDS = PATIENCE_SECONDS
+
+# Nothing is timed, and every run tries the same examples: what CI finds can be found again.
+hypothesis.settings.register_profile(
+    "sterna",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("sterna")
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from server.models.catalog import resolve_model
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+pytestmark = [pytest.mark.slow, pytest.mark.real_model, pytest.mark.xdist_group("wheel")]  # built once
 
 
 def run(*command: object, cwd: Path) -> None:

@@ -1,9 +1,9 @@
 """A private PostgreSQL server for one test run, and `database_url`: every test that takes it runs on both databases.
 
 A room's conftest says `from tests.server.postgres import migrated_url` (or `database_url`, which is still empty). The
-cluster is started once a process, when the first test marked `postgres` asks for it (root may not run PostgreSQL, so it
-runs as the user that Debian's package made), and each test gets a database of its own. Without the binaries such a test
-fails: deselect it by its marker.
+cluster is started once a process (each of xdist's workers has its own), when the first test marked `postgres` asks for
+it (root may not run PostgreSQL, so it runs as the user that Debian's package made), and each test gets a database of its
+own. Without the binaries such a test fails: deselect it by its marker.
 """
 
 import atexit
