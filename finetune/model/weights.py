@@ -56,6 +56,8 @@ class FrozenWeights:
         self.layers = [self._layer(index, cache) for index in range(file.config.num_layers)]
         self.output_norm = self._vector(OUTPUT_NORM)
         self.head = self._head()
+        for tensor in file.tensors.values():  # once more: reading one maps pages of its neighbours, 31 MB in all
+            tensor.release()
         if cache:
             self._buffer = torch.empty(0, dtype=dtype, device=device)
             self._scratch.clear()

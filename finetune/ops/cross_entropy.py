@@ -65,6 +65,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             _loss_and_gradient(logits, start, chunk, base, losses[first:last], needs_grad)
             if d_hidden is not None:
                 _hidden_gradient(logits, head, d_hidden[start:end])
+            del logits, base  # before the next chunk's are made: two at once are 32 MB
         ctx.save_for_backward(d_hidden)
         ctx.mark_non_differentiable(losses)
         return torch.dot(terms.weights, losses), losses
