@@ -2,8 +2,8 @@
 
 A room's conftest says `from tests.server.postgres import migrated_url` (or `database_url`, which is still empty). The
 cluster is started once a process (each of xdist's workers has its own), when the first test marked `postgres` asks for
-it (root may not run PostgreSQL, so it runs as the user that Debian's package made), and each test gets a database of its
-own. Without the binaries such a test fails: deselect it by its marker.
+it; root may not run PostgreSQL, so it runs as the user that Debian's package made. Each test gets its own database.
+Without the binaries such a test fails: deselect it by its marker.
 """
 
 import atexit
