@@ -32,7 +32,10 @@ def put_temporary_files_in_memory() -> None:
     found = os.statvfs(MEMORY)
     if found.f_flag & os.ST_NOEXEC or found.f_bavail * found.f_frsize < ENOUGH_BYTES:  # as in Docker
         return
-    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="sterna-tests-", dir=MEMORY)
+    for left in MEMORY.glob("sterna-tests-*"):  # by a run that was killed: it would hold its memory for ever
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix=f"sterna-tests-{os.getpid()}-", dir=MEMORY)
     os.chmod(tempfile.tempdir, 0o755)  # PostgreSQL runs as another user
     atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
