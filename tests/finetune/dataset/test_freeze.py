@@ -184,6 +184,20 @@ def test_held_out_rows_hold_request_label_and_target(log: Log, renderer: Rendere
     assert (two.id, two.source, two.origin, two.version) == (liked.id, "thumbs", "served", "tools@3")
 
 
+def test_the_gate_asks_what_was_asked(log: Log, renderer: Renderer, tmp_path: Path) -> None:
+    """Its request, written and read again, has the tokens that were served: keys keep their order."""
+    properties = {name: {"type": "integer", "description": f"the {name}"} for name in ("years", "amount", "rate")}
+    schema = {"type": "object", "properties": properties, "required": ["years", "amount"]}
+    tool = {"type": "function", "function": {"name": "interest", "description": "of a loan", "parameters": schema}}
+    held = log.ask(question(1), side="held_out", tools=[tool])
+    log.judge(held, correction=assistant("No tool fits that."))
+    log.teach(2)
+    (row,) = frozen(log, renderer, tmp_path).held_out()
+    assert list(row.request["tools"][0]["function"]["parameters"]["properties"]) == ["years", "amount", "rate"]
+    asked = renderer.answer(chat_request(row.request), row.target)
+    assert list(asked.prompt_ids) == list(row.prompt_ids)
+
+
 def test_equal_and_nearly_equal_held_out_questions_are_one_cluster(
     log: Log, renderer: Renderer, tmp_path: Path
 ) -> None:
