@@ -32,7 +32,7 @@ def put_temporary_files_in_memory() -> None:
     found = os.statvfs(MEMORY)
     if found.f_flag & os.ST_NOEXEC or found.f_bavail * found.f_frsize < ENOUGH_BYTES:  # as in Docker
         return
-    for left in MEMORY.glob("sterna-tests-*"):  # by a run that was killed: it would hold its memory for ever
+    for left in MEMORY.glob("sterna-tests-[0-9]*-*"):  # by a run that was killed: it would hold its memory for ever
         if not Path("/proc", left.name.split("-")[2]).exists():
             shutil.rmtree(left, ignore_errors=True)
     os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix=f"sterna-tests-{os.getpid()}-", dir=MEMORY)
