@@ -66,11 +66,12 @@ class Question:
 
     @property
     def answer(self) -> dict[str, Any]:
-        """One right answer: the first accepted values, without parameters that may be left out."""
+        """One right answer: of the accepted values the one that the question names, else the first; parameters that
+        may be left out only where it names a value, so that what is said is always passed on."""
         calls = []
         for number, call in enumerate(self.ground_truth):
             ((name, accepted),) = call.items()
-            arguments = json.dumps(_first_values(accepted, self._required(name)), ensure_ascii=False)
+            arguments = json.dumps(_right_values(accepted, self._required(name), self.text), ensure_ascii=False)
             calls.append(
                 {
                     "id": f"call_{self.id}_{number}",
@@ -228,20 +229,32 @@ def _schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _first_values(accepted: Mapping[str, Sequence[Any]], required: Sequence[str] = ()) -> dict[str, Any]:
+def _right_values(accepted: Mapping[str, Sequence[Any]], required: Sequence[str], text: str) -> dict[str, Any]:
     """ "" among the accepted values says that the parameter may be left out, even if the schema requires it."""
-    return {
-        key: _plain(next((value for value in values if value != ""), ""))
-        for key, values in accepted.items()
-        if "" not in values or key in required
-    }
+    found = {}
+    for key, values in accepted.items():
+        given = [value for value in values if value != ""]
+        named = [value for value in given if _is_named(value, text)]
+        if named or "" not in values or key in required:
+            found[key] = _plain([*named, *given, ""][0], text)
+    return found
 
 
-def _plain(value: Any) -> Any:
+def _is_named(value: Any, text: str) -> bool:
+    """Whether the question says it, as a word or number of its own; of a list, all of it."""
+    if isinstance(value, bool | Mapping):
+        return False
+    if isinstance(value, list):
+        return bool(value) and all(_is_named(item, text) for item in value)
+    said = str(value) if isinstance(value, str) else f"{value:g}"
+    return re.search(rf"(?<![\w.]){re.escape(said)}(?!\w|\.\d)", text, re.IGNORECASE) is not None
+
+
+def _plain(value: Any, text: str) -> Any:
     """Inside objects every key has a list of accepted values too."""
     if isinstance(value, Mapping):
-        return _first_values(value)
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        return _right_values(value, (), text)
+    return [_plain(item, text) for item in value] if isinstance(value, list) else value
 
 
 def _words(text: str) -> frozenset[str]:

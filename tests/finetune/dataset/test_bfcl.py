@@ -86,6 +86,27 @@ def test_questions_are_requests_with_a_right_answer(wheel: Path) -> None:
     }
 
 
+def test_the_right_answer_passes_on_what_the_question_says() -> None:
+    accepted = {
+        "city": ["SD", "San Diego"],  # the question names the second
+        "unit": ["", "cm"],  # not said: left out
+        "rooms": [2, 3],
+        "rate": ["", 1.5],  # said as 1.5
+        "depth": ["", 5],  # only "1.5" and "15" are said
+        "tags": [["a", "b"], ["new", "cheap"]],
+        "deep": [True],  # never looked for
+        "note": [""],  # nothing else is accepted, and the schema does not require it
+    }
+    text = "Something new and cheap in san diego: 3 rooms at 1.5, not 15."
+    tools = [{"type": "function", "function": {"name": "find", "parameters": {"required": ["city", "tags"]}}}]
+    question = bfcl.Question("q", "multiple", text, tools, [{"find": accepted}], 0)
+    (call,) = question.answer["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {
+        "city": "San Diego", "rooms": 3, "rate": 1.5, "tags": ["new", "cheap"], "deep": True
+    }  # fmt: skip
+    assert calls_match([call], expected_from_bfcl(question.ground_truth), tools)
+
+
 def test_no_other_set_is_opened(wheel: Path) -> None:
     with pytest.raises(AssertionError, match="no other set"):
         bfcl.read_questions(wheel, ["live_simple"])  # type: ignore[list-item]
