@@ -102,7 +102,13 @@ def train(base: Path, spec: LoraSpec, size: float, texts: list[list[int]], folde
     return plain, logits()
 
 
-@pytest.fixture(scope="module", params=[*TINY, pytest.param(DEFAULT, marks=pytest.mark.real_model)])
+@pytest.fixture(
+    scope="module",
+    params=[  # a version's three tests in one worker: it is made once
+        *(pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TINY),
+        pytest.param(DEFAULT, marks=[pytest.mark.real_model, pytest.mark.xdist_group(DEFAULT)]),
+    ],
+)
 def version(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Version]:
     folder, is_default = tmp_path_factory.mktemp("version"), request.param == DEFAULT
     if is_default:
