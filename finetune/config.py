@@ -25,6 +25,7 @@ OF_THE_PROCESS = frozenset({
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 WebhookUrl = Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
 
 
@@ -82,6 +83,16 @@ class FinetuneSettings(BaseModel):
         1.0, description="loss weight of plain answers: more of it teaches when not to call"
     )
     thinking_weight: Positive = Field(1.0, description="loss weight of reasoning")
+    # Losses that are off until an ablation over seeds shows a gain (benchmarks/ablations.py).
+    dpo_weight: NotNegative = Field(
+        0.0, description="of preferring corrections to the answers that they correct, beside learning them [off]"
+    )
+    dpo_beta: Positive = Field(0.1, description="of it: how far from the first model a preference may lead")
+    sequence_weight: NotNegative = Field(0.0, description="of a call's chance to be sampled complete and right [off]")
+    call_head_weight: NotNegative = Field(
+        0.0, description="of telling from the prompt whether a tool is called, with a head that is not exported [off]"
+    )
+    distrust: bool = Field(False, description="weight examples by who vouches for them (finetune/dataset/distrust.py)")
     min_score: Share = Field(0.5, description="least score of an answer that is learned from")
     keep_unlabelled: bool = Field(False, description="also learn from answers that nobody judged")
     min_examples: Count = Field(1, description="examples without which a round has nothing to learn")

@@ -14,13 +14,13 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune.dataset.order import shuffled
-from finetune.packed import Example, Packed, Segment
+from finetune.packed import Answers, Example, Packed, Segment
 
 MIN_SHARED = 32
 """Tokens of a run that pay for a branch: below that, block-sparse attention loses more than the rows save."""
@@ -54,7 +54,7 @@ class _Node:
 
 
 @dataclass
-class _Item:
+class Item:
     """Examples that go into one bin together, and the rows they add below the node they hang from."""
 
     num_rows: int
@@ -91,7 +91,7 @@ def pack_bins(
         chosen = list(range(first, min(first + size, len(examples))))
         groups = _fill(examples, chosen, max_tokens, min_shared)
         order = shuffled([f"{first}:{number}" for number in range(len(groups))], seed=seed, epoch=epoch)
-        bins += [_lay_out(examples, groups[number], min_shared) for number in order]
+        bins += [lay_out(examples, groups[number], min_shared) for number in order]
     return bins
 
 
@@ -109,7 +109,7 @@ def unpack(one: Bin, examples: Sequence[Example]) -> list[Example]:
         assert (packed.loss_targets[mine] == token_ids[at]).all()
         weights[at] = packed.loss_weights[mine]
         known = examples[place.example]
-        found.append(Example(known.id, token_ids, weights, known.cluster, known.kl))
+        found.append(replace(known, token_ids=token_ids, weights=weights))
     return found
 
 
@@ -155,29 +155,29 @@ def _common_length(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 def _fill(examples: Sequence[Example], chosen: Sequence[int], max_tokens: int, min_shared: int) -> list[list[int]]:
     """The examples of each bin: from the leaves up, what hangs from a node is packed into what it leaves of a bin."""
     nodes = _trie(examples, chosen, min_shared)
-    below: list[list[_Item]] = [[] for _ in nodes]
-    top: list[_Item] = []
+    below: list[list[Item]] = [[] for _ in nodes]
+    top: list[Item] = []
     for number in range(len(nodes) - 1, -1, -1):
         node = nodes[number]
         items = below[number]
         if node.members:  # they end here and add no rows
-            items.append(_Item(0, list(node.members)))
-        packed = _best_fit(items, max_tokens - node.end)
+            items.append(Item(0, list(node.members)))
+        packed = best_fit(items, max_tokens - node.end)
         run = node.end - node.start
-        found = [_Item(run + item.num_rows, item.members) for item in packed]
+        found = [Item(run + item.num_rows, item.members) for item in packed]
         (below[node.parent] if node.parent >= 0 else top).extend(found)
         below[number] = []
-    return [sorted(item.members) for item in _best_fit(top, max_tokens)]
+    return [sorted(item.members) for item in best_fit(top, max_tokens)]
 
 
-def _best_fit(items: Sequence[_Item], capacity: int) -> list[_Item]:
+def best_fit(items: Sequence[Item], capacity: int) -> list[Item]:
     """Best-fit decreasing: as full as first-fit, and the bin is found by bisection instead of a walk over all bins."""
-    bins: list[_Item] = []
+    bins: list[Item] = []
     room: list[tuple[int, int]] = []  # (rows left, index into bins), sorted
     for item in sorted(items, key=lambda item: (-item.num_rows, item.members)):
         place = bisect.bisect_left(room, (item.num_rows, -1))
         if place == len(room):
-            bins.append(_Item(item.num_rows, list(item.members)))
+            bins.append(Item(item.num_rows, list(item.members)))
             bisect.insort(room, (capacity - item.num_rows, len(bins) - 1))
             continue
         left, number = room.pop(place)
@@ -187,7 +187,8 @@ def _best_fit(items: Sequence[_Item], capacity: int) -> list[_Item]:
     return bins
 
 
-def _lay_out(examples: Sequence[Example], chosen: Sequence[int], min_shared: int) -> Bin:
+def lay_out(examples: Sequence[Example], chosen: Sequence[int], min_shared: int = MIN_SHARED) -> Bin:
+    """`chosen` as one bin."""
     nodes = _trie(examples, chosen, min_shared)
     segments: list[Segment] = []
     leaf_of: dict[int, int] = {}
@@ -221,5 +222,15 @@ def _lay_out(examples: Sequence[Example], chosen: Sequence[int], min_shared: int
         loss_kl=np.concatenate(kl).astype(np.bool_),
         num_examples=len(chosen),
         num_real_tokens=sum(len(examples[index].token_ids) for index in chosen),
+        answers=_answers(examples, placements),
     )
     return Bin(packed, tuple(placements))
+
+
+def _answers(examples: Sequence[Example], placements: Sequence[Placement]) -> Answers:
+    mine = [examples[place.example] for place in placements]
+    return Answers(
+        spans=np.array([(place.first_loss, place.end_loss) for place in placements], np.int32),
+        is_call=np.array([-1 if one.kl or one.is_call is None else one.is_call for one in mine], np.int8),
+        doubts=np.array([one.doubt for one in mine], np.float32),
+    )

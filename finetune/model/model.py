@@ -10,13 +10,15 @@ over the segments that such terms need. Not covered: optimizers and schedules, c
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.checkpoint import checkpoint
 
+from finetune.model.answer_losses import OFF, CallHead, margins, token_weights, with_pair_terms
+from finetune.model.checkpointing import LayerInputs, run_checkpointed
 from finetune.model.layer import Dropout, Layer, make_layer
 from finetune.model.lora import LoraSpec, keyed_generator, make_factors
 from finetune.model.terms import RowTerms, part_with_rows, sort_terms
@@ -42,6 +44,8 @@ class Loss:
     """sum(weight * loss)"""
     per_row: torch.Tensor
     """(N,): each term's own loss, in the packed order, without weight"""
+    extra_sum: float = 0.0
+    """Of the losses of whole answers"""
 
     def backward(self) -> None:
         """Add the gradients of `total` to the parameters'. Does nothing where no row carries loss."""
@@ -62,6 +66,12 @@ class ModelOptions:
     """Keep only each layer's input and run the layer again in the backward pass (+1/3 time)."""
     cache_weights: bool = False
     """Keep the layers unpacked: saves 2 % of the time at 1,024 tokens a micro-batch, costs 2 bytes a weight."""
+    offload: bool = False
+    """With checkpointing, keep the layers' inputs in the host's memory. Untried on a GPU; on a CPU it saves nothing."""
+
+    def __post_init__(self) -> None:
+        if self.offload and not self.checkpointing:
+            raise ValueError("offload is of checkpointing's kept inputs: choose both")
 
 
 class TrainModel:
@@ -81,6 +91,9 @@ class TrainModel:
             for index, frozen in enumerate(self.frozen.layers)
         ]
         self._base_layers = [layer.without_lora() for layer in self._layers]
+        self._inputs = LayerInputs(len(self._layers), device, offload=options.offload)
+        self.answer_losses = OFF
+        self._call_head = CallHead.make(file.config.hidden_size, self._wide, device)
 
     @classmethod
     def open(
@@ -93,10 +106,11 @@ class TrainModel:
         upcast: bool = False,
         checkpointing: bool = False,
         cache_weights: bool = False,
+        offload: bool = False,
         seed: int = 0,
     ) -> "TrainModel":
         """Raises quant's ModelFileError. `seed` draws the first values of A."""
-        options = ModelOptions(dtype, upcast, checkpointing, cache_weights)
+        options = ModelOptions(dtype, upcast, checkpointing, cache_weights, offload)
         return cls(open_model(path), spec, device=torch.device(device), options=options, seed=seed)
 
     def close(self) -> None:
@@ -107,22 +121,60 @@ class TrainModel:
         """The LoRA factors by PEFT's names: float32 leaves (float64 in a float64 model)."""
         return self._parameters
 
+    def trained(self) -> dict[str, torch.Tensor]:
+        """The same, and what is trained beside them but not exported."""
+        return self._parameters | (self._call_head.parameters() if self.answer_losses.call_head_weight else {})
+
     def loss(self, packed: Packed, normalizer: float, *, dropout_seed: int | None = 0) -> Loss:
         """`normalizer`: the weights of the whole optimizer step, summed. `dropout_seed` keys the dropout's masks; None:
         no dropout, as the adapter is served."""
         if not normalizer > 0:
             raise ValueError(f"the normalizer is {normalizer}; it must be above 0")
-        terms = sort_terms(packed)
+        extra = self.answer_losses
+        whole = with_pair_terms(packed) if extra.dpo_weight else packed
+        terms = sort_terms(whole)
         if not len(terms.rows):
             return Loss(torch.zeros((), dtype=self._wide, device=self.device), 0.0, torch.zeros(0, dtype=self._wide))
         layers = self._layers
         if self.spec.dropout and dropout_seed is not None:
             layers = self._with_dropout(dropout_seed)
         hidden = self._hidden(layers, packed.token_ids, packed.positions, packed.segments, terms.rows)
-        total, losses = linear_cross_entropy(hidden, self.frozen.head, self._loss_terms(packed, terms))
-        per_row = torch.empty_like(losses)
-        per_row[torch.from_numpy(terms.order).to(self.device)] = losses
-        return Loss(total / normalizer, total.item(), per_row)
+        loss_terms, value = self._loss_terms(whole, terms), 0.0
+        own_weights = loss_terms.weights
+        if extra.needs_sums(packed):
+            added, value = token_weights(packed, self._term_losses(hidden, loss_terms, terms), extra)
+            loss_terms = replace(loss_terms, weights=own_weights + torch.from_numpy(added[terms.order]).to(own_weights))
+        total, losses = linear_cross_entropy(hidden, self.frozen.head, loss_terms)
+        per_row = self._in_packed_order(losses, terms)[: len(packed.loss_rows)]
+        ce_sum = total.item() if loss_terms.weights is own_weights else torch.dot(own_weights, losses).item()
+        if loss_terms.weights is not own_weights:  # the gradient is right, the value that of the weights
+            total = total + (ce_sum + value - total.detach())
+        if extra.call_head_weight:
+            found = self._call_head.loss(packed, hidden, terms.rows)
+            if found is not None:
+                total = total + extra.call_head_weight * found
+                value += extra.call_head_weight * found.item()
+        return Loss(total / normalizer, ce_sum, per_row, value)
+
+    @torch.no_grad()
+    def pair_margins(self, packed: Packed) -> np.ndarray:
+        """log p(chosen) - log p(rejected) of the micro-batch's pairs, without dropout."""
+        whole = with_pair_terms(packed)
+        terms = sort_terms(whole)
+        hidden = self._hidden(self._layers, whole.token_ids, whole.positions, whole.segments, terms.rows)
+        return margins(packed, self._term_losses(hidden, self._loss_terms(whole, terms), terms))
+
+    @torch.no_grad()
+    def _term_losses(self, hidden: torch.Tensor, loss_terms: LossTerms, terms: RowTerms) -> np.ndarray:
+        """float64 (N,), in the packed order: the cross-entropy of every term, of KL terms too."""
+        plain = replace(loss_terms, is_kl=torch.zeros_like(loss_terms.is_kl), base=None, base_rows=None)
+        _, losses = linear_cross_entropy(hidden.detach(), self.frozen.head, plain)
+        return self._in_packed_order(losses, terms).double().cpu().numpy()
+
+    def _in_packed_order(self, losses: torch.Tensor, terms: RowTerms) -> torch.Tensor:
+        found = torch.empty_like(losses)
+        found[torch.from_numpy(terms.order).to(self.device)] = losses
+        return found
 
     @torch.no_grad()
     def logits(self, token_ids: Sequence[int] | np.ndarray, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
@@ -153,14 +205,12 @@ class TrainModel:
         layout = Layout(make_tiles(segments, config.num_heads), cos, sin, self._residual)
         wanted = torch.from_numpy(rows).to(self.device)
         x = self.frozen.embed(token_ids, self._residual)
+        is_checkpointing = self.options.checkpointing and torch.is_grad_enabled()
+        if is_checkpointing:
+            self._inputs.begin(x)
         for index, layer in enumerate(layers):
-            only = wanted if index == len(layers) - 1 else None
-            if self.options.checkpointing and torch.is_grad_enabled():
-                result = checkpoint(layer.forward, x, layout, only, use_reentrant=False, preserve_rng_state=False)
-                assert isinstance(result, torch.Tensor)
-                x = result
-            else:
-                x = layer.forward(x, layout, only)
+            run = partial(layer.forward, layout=layout, rows=wanted if index == len(layers) - 1 else None)
+            x = run_checkpointed(run, x, self._inputs, index) if is_checkpointing else run(x)
         return rms_norm(x, self.frozen.output_norm, config.rms_norm_eps, self.options.dtype)
 
     def _loss_terms(self, packed: Packed, terms: RowTerms) -> LossTerms:

@@ -28,7 +28,7 @@ class Adapter:
         self._model = model
 
     def parameters(self) -> dict[str, Tensor]:
-        return self._model.parameters()
+        return self._model.trained()
 
     def weight_of(self, batch: Keyed) -> float:
         return _weight(batch.packed)
@@ -39,7 +39,7 @@ class Adapter:
     def backward(self, batch: Keyed, normalizer: float) -> float:
         loss = self._model.loss(batch.packed, normalizer, dropout_seed=batch.key)
         loss.backward()
-        return loss.ce_sum / normalizer
+        return (loss.ce_sum + loss.extra_sum) / normalizer
 
 
 def validation_loss(model: TrainModel, packed: Sequence[Packed], pause: Callable[[], None]) -> float:

@@ -73,6 +73,8 @@ def _of_training(facts: Mapping[str, Any]) -> list[str]:
         return []
     text = f"- training: {facts['num_steps']} steps, {facts['num_tokens']} tokens, loss {facts['first_loss']:.4f}"
     lines = [f"{text} at first, {facts['last_loss']:.4f} at last", *([] if facts["is_exact"] else [_INEXACT])]
+    if "num_pairs" in facts:
+        lines.append(f"- preference pairs: {facts['num_pairs']}")
     if "validation" in facts:
         found = facts["validation"]
         best = f"best loss {found['best_loss']:.4f} after step {found['best_step']}, which is exported"

@@ -7,11 +7,15 @@ form a step of about so many real tokens. An epoch is packed when a step of it i
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
 
 from finetune.dataset.order import curriculum, difficulty, shuffled
 from finetune.dataset.packing import pack
-from finetune.packed import Example, Packed
+from finetune.dataset.pairs import pack_pairs
+from finetune.packed import Example, Packed, Preference
 
 CURRICULUM_WINDOW = 128
 """Examples packed together when their order matters: fewer share prompts, more lose the order."""
@@ -28,9 +32,12 @@ class Steps:
         tokens_per_step: int,
         max_steps: int | None = None,
         is_curriculum: bool = False,
+        pairs: Sequence[Preference] = (),
+        references: Mapping[str, float] | None = None,
     ) -> None:
-        """An example that is longer than a micro-batch is one alone."""
+        """An example that is longer than a micro-batch is one alone. `references`: of the pairs, by id."""
         self._examples = examples
+        self._pairs, self._references = pairs, references or {}
         self._seed = seed
         self._micro_batch_tokens = micro_batch_tokens
         self._tokens_per_step = tokens_per_step
@@ -62,8 +69,9 @@ class Steps:
             steps[-1].append(one)
             num_tokens += one.num_real_tokens
         if len(steps) > 1 and num_tokens < self._tokens_per_step / 2:  # a step of a few tokens is noise
-            steps[-2] += steps.pop()
-        return steps
+            last = steps.pop()  # not `steps[-2] += steps.pop()`, which stores into what is then another step
+            steps[-1] += last
+        return [normalized(step) for step in steps]
 
     def _mixed(self, epoch: int) -> list[Packed]:
         limit = self._micro_batch_tokens
@@ -73,15 +81,37 @@ class Steps:
         for one in self._examples:
             if len(one.token_ids) > limit:
                 packed += pack([one], len(one.token_ids), seed=self._seed, epoch=epoch)
+        packed += self._packed_pairs(epoch)
         order = shuffled([f"micro-batch {number}" for number in range(len(packed))], seed=self._seed, epoch=epoch)
         return _evenly([packed[index] for index in order])
 
     def _in_order(self, epoch: int) -> list[Packed]:
         ids = [one.id for one in self._examples]
         order = curriculum(difficulty(self._examples), ids, seed=self._seed, epoch=epoch)
-        limit = max(self._micro_batch_tokens, *(len(one.token_ids) for one in self._examples))
+        limit = max(self._micro_batch_tokens, *(len(one.token_ids) for one in self._examples), 1)
         examples = [self._examples[index] for index in order]
-        return pack(examples, limit, seed=self._seed, epoch=epoch, window=CURRICULUM_WINDOW)
+        packed = pack(examples, limit, seed=self._seed, epoch=epoch, window=CURRICULUM_WINDOW)
+        return packed + self._packed_pairs(epoch)  # last: telling right from nearly right is the hardest
+
+    def _packed_pairs(self, epoch: int) -> list[Packed]:
+        return pack_pairs(self._pairs, self._micro_batch_tokens, self._references, seed=self._seed, epoch=epoch)
+
+
+def normalized(step: Sequence[Packed]) -> list[Packed]:
+    """Where examples were weighted by distrust: so that the step's cross-entropy weighs what it would without."""
+    if all(one.answers is None or (one.answers.doubts == 1).all() for one in step):
+        return list(step)
+    doubted = plain = 0.0
+    for one in step:
+        assert one.answers is not None
+        for (start, end), doubt in zip(one.answers.spans.tolist(), one.answers.doubts.tolist(), strict=True):
+            weight = float(one.loss_weights[start:end][~one.loss_kl[start:end]].sum(dtype="float64"))
+            doubted += weight
+            plain += weight / doubt
+    scale = np.float32(plain / doubted) if doubted else np.float32(1)
+    return [
+        replace(one, loss_weights=np.where(one.loss_kl, one.loss_weights, one.loss_weights * scale)) for one in step
+    ]
 
 
 def _evenly(packed: Sequence[Packed]) -> list[Packed]:

@@ -9,23 +9,25 @@ import io
 import json
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.config import FinetuneSettings
-from finetune.dataset.examples import snapshot_examples
+from finetune.dataset.examples import Lessons, snapshot_lessons
 from finetune.dataset.packing import pack
 from finetune.dataset.snapshot import Snapshot
 from finetune.dataset.token_classes import ClassWeights
+from finetune.model.answer_losses import AnswerLosses
 from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
 from finetune.model.peft import CONFIG_NAME, TENSORS_NAME, export_peft, import_peft
-from finetune.packed import Example, Packed
+from finetune.packed import Packed
 from finetune.rounds.adapter import Adapter, Keyed, validation_loss
 from finetune.rounds.engine import Done, Task
 from finetune.rounds.errors import RoundError
+from finetune.rounds.references import reference_margins
 from finetune.rounds.steps import Steps
 from finetune.rounds.validation import split_validation
 from finetune.rounds.weights import PEFT, Parent
@@ -57,26 +59,12 @@ def run_training(
             raise RoundError(f"the base changed: {model} is {trained.base_digest()}, the round began with another")
         if parent is not None:
             import_peft(trained, task.folder / PARENT)
-        examples, validated = _examples(snapshot, own)
-        steps = Steps(
-            examples,
-            seed=own.seed,
-            epochs=own.epochs,
-            micro_batch_tokens=own.micro_batch_tokens,
-            tokens_per_step=own.tokens_per_step,
-            max_steps=own.max_steps,
-            is_curriculum=own.curriculum,
+        trained.answer_losses = answer_losses(own)
+        lessons, validated = round_lessons(snapshot, own)
+        references = reference_margins(
+            trained, lessons.pairs, task.folder, micro_batch_tokens=own.micro_batch_tokens, pause=pause
         )
-        settings = TrainSettings(
-            num_steps=steps.num_steps,
-            learning_rate=own.learning_rate,
-            optimizer=own.optimizer,
-            schedule=own.schedule,
-            checkpoint_every=own.checkpoint_every,
-            eval_every=own.evaluate_every or 0,
-            patience=own.patience or 0,
-            seed=own.seed,
-        )
+        steps = round_steps(lessons, references, own)
         losses = task.folder / LOSSES
         _cut_torn_line(losses)
 
@@ -98,7 +86,7 @@ def run_training(
         result = train(
             Adapter(trained),
             lambda step: [Keyed(one, own.seed + 1_000_003 * step + place) for place, one in enumerate(steps(step))],
-            settings,
+            train_settings(own, steps.num_steps),
             task.folder / "checkpoints",
             identity={
                 "snapshot": snapshot.digest,
@@ -106,6 +94,7 @@ def run_training(
                 "lora": _plain(spec),
                 "parent": None if parent is None else parent.name,
                 "validation": [one.num_real_tokens for one in validated],
+                "losses": asdict(trained.answer_losses),
             },
             evaluate=(lambda: validation_loss(trained, validated, pause)) if validated else None,
             pause=pause,
@@ -124,6 +113,8 @@ def run_training(
         "losses": curve[:: -(-len(curve) // NUM_POINTS)],
         "is_exact": result.is_exact,
     }
+    if lessons.pairs:
+        facts["num_pairs"] = len(lessons.pairs)
     if validated:
         facts["validation"] = {
             "num_examples": sum(one.num_examples for one in validated),
@@ -135,20 +126,57 @@ def run_training(
     return Done(facts)
 
 
-def _examples(snapshot: Snapshot, own: FinetuneSettings) -> tuple[list[Example], list[Packed]]:
+def round_lessons(snapshot: Snapshot, own: FinetuneSettings) -> tuple[Lessons, list[Packed]]:
     """What is trained on, and the micro-batches that are validated on. Raises RoundError."""
-    examples = list(snapshot_examples(snapshot, _class_weights(own)))
+    lessons = snapshot_lessons(
+        snapshot, _class_weights(own), with_pairs=bool(own.dpo_weight), with_distrust=own.distrust
+    )
     if own.evaluate_every is None:
-        return examples, []
-    examples, validated = split_validation(
-        examples,
+        return lessons, []
+    train, validated = split_validation(
+        [*lessons.examples, *(pair.chosen for pair in lessons.pairs)],
         share=own.validation_share,
         evaluate_every=own.evaluate_every,
         tokens_per_step=own.tokens_per_step,
         seed=own.seed,
     )
+    kept = {one.id for one in train}
+    lessons = Lessons(
+        [one for one in lessons.examples if one.id in kept], [one for one in lessons.pairs if one.chosen.id in kept]
+    )
     longest = max(own.micro_batch_tokens, *(len(one.token_ids) for one in validated))
-    return examples, pack(validated, longest, seed=own.seed, epoch=0)
+    return lessons, pack(validated, longest, seed=own.seed, epoch=0)
+
+
+def answer_losses(own: FinetuneSettings) -> AnswerLosses:
+    return AnswerLosses(own.dpo_weight, own.dpo_beta, own.sequence_weight, own.call_head_weight)
+
+
+def round_steps(lessons: Lessons, references: Mapping[str, float], own: FinetuneSettings) -> Steps:
+    return Steps(
+        lessons.examples,
+        pairs=lessons.pairs,
+        references=references,
+        seed=own.seed,
+        epochs=own.epochs,
+        micro_batch_tokens=own.micro_batch_tokens,
+        tokens_per_step=own.tokens_per_step,
+        max_steps=own.max_steps,
+        is_curriculum=own.curriculum,
+    )
+
+
+def train_settings(own: FinetuneSettings, num_steps: int) -> TrainSettings:
+    return TrainSettings(
+        num_steps=num_steps,
+        learning_rate=own.learning_rate,
+        optimizer=own.optimizer,
+        schedule=own.schedule,
+        checkpoint_every=own.checkpoint_every,
+        eval_every=own.evaluate_every or 0,
+        patience=own.patience or 0,
+        seed=own.seed,
+    )
 
 
 def _class_weights(own: FinetuneSettings) -> ClassWeights:

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 
 from finetune.dataset.candidates import Candidates
-from finetune.dataset.examples import example, preference_pairs, snapshot_examples
+from finetune.dataset.examples import example, preference, snapshot_lessons
 from finetune.dataset.freeze import freeze
 from finetune.dataset.near import NearTexts
 from finetune.dataset.render import Renderer
@@ -46,16 +46,20 @@ def test_loss_falls_on_the_answer_alone_by_class() -> None:
     assert weighted.weights.tolist() == [0, 0, 0, 0.5, 4, 2]
 
 
-def test_pairs_are_of_corrected_answers_only() -> None:
-    (pair,) = preference_pairs([row(), row(id="trace-2:0", rejected_ids=[7, 8])])
-    assert (pair.id, pair.chosen_ids.tolist(), pair.rejected_ids.tolist()) == ("trace-2:0", [4, 5, 6], [7, 8])
+def test_a_pair_is_the_prompt_with_either_answer() -> None:
+    given = row(rejected_ids=[7, 8])
+    pair = preference(given, example(given))
+    assert (pair.chosen.id, pair.prompt_length) == ("trace-1:0", 3)
+    assert (pair.chosen.token_ids.tolist(), pair.rejected_ids.tolist()) == ([1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8])
 
 
 def test_general_examples_are_trained_with_kl(log: Log, renderer: Renderer, tmp_path: Path) -> None:
     log.teach(1)
     general = row(id="general:0", seq=0, kind="chat", origin="base", tools=[], classes="111")
     snapshot = freeze(log.database, renderer, Selection(adapter="tools"), tmp_path, general=[general])
-    found = list(snapshot_examples(snapshot))
+    lessons = snapshot_lessons(snapshot, with_pairs=True)
+    found = lessons.examples
+    assert lessons.pairs == []
     assert [one.kl for one in found] == [False, True]
     assert found[1].id == "general:0"
     assert found[0].weights[[0, -1]].tolist() == [0, 1]

@@ -62,11 +62,25 @@ def test_packed_accumulated_and_plain_agree(dtype: torch.dtype, kl: bool, open_t
         assert_equal(run(model, micro_batches), one_by_one, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("option", ["checkpointing", "cache_weights"])
-def test_memory_options_change_no_bit(option: str, open_tiny: Opener) -> None:
+@pytest.mark.parametrize(
+    "options", [("checkpointing",), ("checkpointing", "offload"), ("cache_weights",)], ids="+".join
+)
+def test_memory_options_change_no_bit(options: tuple[str, ...], open_tiny: Opener) -> None:
     packed = pack(some_samples(kl=True), share=True)
-    expected = run(open_tiny(dtype=torch.bfloat16), [packed])
-    assert_equal(run(open_tiny(dtype=torch.bfloat16, **{option: True}), [packed]), expected, 0.0)
+    longer = plain(range(70))  # another micro-batch, of another length
+    expected = run(open_tiny(dtype=torch.bfloat16), [packed, longer, packed])
+    chosen = open_tiny(dtype=torch.bfloat16, **dict.fromkeys(options, True))
+    assert_equal(run(chosen, [packed, longer, packed]), expected, 0.0)
+
+
+def test_the_inputs_of_one_micro_batch_are_not_anothers(open_tiny: Opener) -> None:
+    model = open_tiny(checkpointing=True)
+    first = model.loss(plain(range(9)), 1.0)
+    model.loss(plain(range(9)), 1.0)
+    with pytest.raises(AssertionError, match="another forward pass came before"):
+        first.backward()
+    with pytest.raises(ValueError, match="offload is of checkpointing"):
+        open_tiny(offload=True)
 
 
 @pytest.mark.parametrize("upcast", [True, False])

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from finetune.packed import Example
-from finetune.rounds.steps import Steps
+from finetune.dataset.packing import pack
+from finetune.packed import Example, Preference
+from finetune.rounds.steps import Steps, normalized
 
 
 def examples(*lengths: int) -> list[Example]:
@@ -34,6 +35,14 @@ def test_every_example_once_an_epoch(is_curriculum: bool) -> None:
     assert all(200 <= size < 300 for size in sizes[:-1])
     assert 100 <= sizes[-1] < 400, "what is left is a step of its own, or of the one before"
     assert all(len(one.token_ids) <= 100 for step in batches for one in step)
+
+
+def test_a_last_step_of_a_few_tokens_goes_to_the_one_before() -> None:
+    given = examples(*([90] * 10))
+    made = steps(given)
+    ids = [tuple(one.token_ids) for step in range(made.num_steps) for one in made(step)]
+    assert [len(made(step)) for step in range(made.num_steps)] == [3, 3, 4]
+    assert len(set(ids)) == 10, "each once"
 
 
 def test_a_longer_example_is_alone() -> None:
@@ -64,6 +73,37 @@ def test_kl_is_spread_evenly_and_never_first() -> None:
     assert sum(one.num_examples for step in range(made.num_steps) for one in made(step)) == 60
     only = steps([replace(one, kl=True) for one in given])
     assert sum(len(only(step)) for step in range(only.num_steps)) == 60
+
+
+@pytest.mark.parametrize("is_curriculum", [False, True])
+def test_pairs_are_among_the_steps(is_curriculum: bool) -> None:
+    given = examples(*range(30, 60))
+    ids = np.arange(45, dtype=np.int32)
+    pairs = [Preference(one, np.append(one.token_ids[:20], ids), 20) for one in given[:10]]
+    references = {pair.chosen.id: float(number) for number, pair in enumerate(pairs)}
+    made = steps(given[10:], pairs=pairs, references=references, is_curriculum=is_curriculum)
+    batches = [one for step in range(made.num_steps) for one in made(step)]
+    found = [one.pairs for one in batches if one.pairs is not None]
+    margins = {id_: value for one in found for id_, value in zip(one.ids, one.references.tolist(), strict=True)}
+    assert margins == references
+    assert sum(one.num_examples for one in batches) == 30
+    only = steps([], pairs=pairs, references=references, is_curriculum=is_curriculum)
+    assert sum(one.num_examples for step in range(only.num_steps) for one in only(step)) == 10
+
+
+def test_distrust_changes_who_weighs_but_not_how_much_a_step_does() -> None:
+    given = [replace(one, kl=index % 5 == 0) for index, one in enumerate(examples(*range(10, 60)))]
+    doubts = [1.0 if one.kl else 0.25 + index % 3 for index, one in enumerate(given)]
+    doubted = [replace(one, doubt=d, weights=one.weights * np.float32(d)) for one, d in zip(given, doubts, strict=True)]
+    plain, made = (normalized(pack(one, 100, seed=1, epoch=0)) for one in (given, doubted))
+    for is_kl in (False, True):
+        sums = [sum(float(one.loss_weights[one.loss_kl == is_kl].sum()) for one in step) for step in (plain, made)]
+        assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+    assert len({round(float(weight), 3) for one in made for weight in one.loss_weights[~one.loss_kl]}) == 3
+    assert {float(weight) for one in plain for weight in one.loss_weights} == {1.0}
+    twice = [one if one.kl else replace(one, doubt=2 * one.doubt, weights=2 * one.weights) for one in doubted]
+    for one, two in zip(made, normalized(pack(twice, 100, seed=1, epoch=0)), strict=True):
+        np.testing.assert_allclose(one.loss_weights, two.loss_weights, rtol=1e-6)  # alpha cancels out
 
 
 def test_the_seed_decides() -> None:

@@ -1,11 +1,12 @@
 """Whole rounds on a tiny model: real log, snapshot, training and registry; only the answers are a script's."""
 
+import dataclasses
 import io
 import json
 import random
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from finetune.config import FinetuneSettings
 from finetune.dataset.render import Renderer
+from finetune.dataset.rows import ExampleRow
 from finetune.dataset.snapshot import Snapshot, folder_name
 from finetune.rounds.engine import RoundEngine
 from finetune.rounds.lease import take
@@ -208,6 +210,17 @@ def _on_a_copy(log: Path, model: Path, folder: Path) -> Bench:
     return Bench(open_database(f"sqlite:///{folder}/log.db"), model, folder, num_logged=0)
 
 
+def _with_rejected(train: Callable[[Snapshot], Iterator[ExampleRow]]) -> Callable[[Snapshot], Iterator[ExampleRow]]:
+    """As if every second answer had been corrected: imports have none that was served."""
+
+    def rows(snapshot: Snapshot) -> Iterator[ExampleRow]:
+        for number, row in enumerate(train(snapshot)):
+            *answer, end = row.answer_ids
+            yield row if number % 2 else dataclasses.replace(row, rejected_ids=[*answer[::-1], end])
+
+    return rows
+
+
 def disturbed(bench: Bench, dice: random.Random, mean: int) -> tuple[Round, int]:
     """Killed again and again until it is over."""
     num_kills = 0
@@ -232,11 +245,23 @@ def disturbed(bench: Bench, dice: random.Random, mean: int) -> tuple[Round, int]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("seed", "mean", "changes"),
-    [(1, 120, {}), (2, 40, {}), (3, 60, {"evaluate_every": 1, "patience": 1, "learning_rate": 0.3, "dropout": 0.1})],
-)
+    [
+        (1, 120, {}),
+        (2, 40, {}),
+        (3, 60, {"evaluate_every": 1, "patience": 1, "learning_rate": 0.3, "dropout": 0.1}),
+        (4, 60, {"evaluate_every": 2, "dpo_weight": 1.0, "sequence_weight": 0.5, "call_head_weight": 0.5,
+                 "distrust": True, "optimizer": "muon"}),
+    ],
+)  # fmt: skip
 def test_killed_anywhere_it_ends_with_the_same_weights_and_the_same_decision(
-    tiny_model: Path, tmp_path: Path, seed: int, mean: int, changes: dict[str, Any]
+    tiny_model: Path,
+    tmp_path: Path,
+    seed: int,
+    mean: int,
+    changes: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(Snapshot, "train", _with_rejected(Snapshot.train))
     for name in ("undisturbed", "disturbed"):
         (tmp_path / name).mkdir()
     shutil.copy(migrated_file(), tmp_path / "log.db")
@@ -253,6 +278,11 @@ def test_killed_anywhere_it_ends_with_the_same_weights_and_the_same_decision(
     assert (found.result, found.reason, found.facts) == (expected.result, expected.reason, expected.facts)
     assert found.snapshot == expected.snapshot
     assert found.decision == expected.decision
+    assert (found.facts["train"].get("num_pairs", 0) > 30) == ("dpo_weight" in changes)
+    archives = [bench.server.archives["tools@1"] for bench in (first, second)]
+    assert archives[0] == archives[1]
+    with zipfile.ZipFile(io.BytesIO(archives[0])) as archive:
+        assert b"call_head" not in archive.read("adapter_model.safetensors"), "it is not exported"
     for bench in (first, second):
         bench.database.close()
 
