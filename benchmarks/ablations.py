@@ -120,7 +120,6 @@ def _measured(examples: Sequence[Example], seed: int) -> list[Example]:
 
 
 def _measure(model: TrainModel, examples: Sequence[Example]) -> Scores:
-    """nan where no example is of a kind."""
     right: dict[bool, list[bool]] = {True: [], False: []}
     losses: list[float] = []
     for one in examples:
@@ -129,7 +128,9 @@ def _measure(model: TrainModel, examples: Sequence[Example]) -> Scores:
         targets = torch.from_numpy(one.token_ids[at].astype(np.int64))
         losses += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
         right[bool(one.is_call)].append(bool((logits.argmax(-1) == targets).all()))
-    call, no_call = (statistics.fmean(right[kind]) if right[kind] else math.nan for kind in (True, False))
+    if not right[True] or not right[False]:
+        raise SystemExit("the measured part has answers of one kind only: calling and not calling cannot be balanced")
+    call, no_call = (statistics.fmean(right[kind]) for kind in (True, False))
     return {
         "balanced": (call + no_call) / 2,
         "call": call,
