@@ -46,6 +46,10 @@ put_temporary_files_in_memory()
 os.environ["XDG_DATA_HOME"] = tempfile.mkdtemp(prefix="sterna-data-")
 atexit.register(shutil.rmtree, os.environ["XDG_DATA_HOME"], ignore_errors=True)
 
+# Two workers share two cores: a training step whose threads spin for each other while one of them waits for a core took
+# 20 s, one whose threads sleep 5 s. Read by the OpenMP library when torch loads it, here and in what is started.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # What the server tells its clients when the database hangs; a test machine that is busy hangs for a while, and is well.
 # The tests of these set their own.
 patience.PATIENCE_SECONDS = log.STALL_SECONDS = PATIENCE_SECONDS
