@@ -92,6 +92,10 @@ class Follower(Generic[Handle]):
             self.change = change
             return [self._begin(adapter) for adapter in adapters]
 
+    def running(self) -> frozenset[asyncio.Task[None]]:
+        """What follows a change just now."""
+        return frozenset(self._tasks)
+
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()

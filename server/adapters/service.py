@@ -147,14 +147,20 @@ class AdapterService(Generic[Handle]):
 
     async def change(self, act: Callable[[], Result]) -> Result:
         """Run an act of the registry or the store on a thread; routes have followed when this returns."""
+        before = self._follower.running()
         result = await asyncio.to_thread(act)
         with suppress(ServerUnavailableError):  # done is done; the next look follows it
-            await self.refresh()
+            await self.refresh(before)
         return result
 
-    async def refresh(self) -> None:
-        """Follow now, and wait until that is done or has failed. Raises DatabaseUnavailableError."""
-        tasks = await self._follower.look()
+    async def refresh(self, before: frozenset[asyncio.Task[None]] | None = None) -> None:
+        """Follow now, and wait until that is done or has failed. Raises DatabaseUnavailableError.
+
+        With `before`, also for what was begun since: the look of every few seconds may have seen the same change.
+        """
+        tasks = set(await self._follower.look())
+        if before is not None:
+            tasks |= self._follower.running() - before
         if tasks:
             await asyncio.wait(tasks)  # which goes on without us if we are cancelled
 
