@@ -311,6 +311,30 @@ def test_two_servers_follow_one_registry(database_url: str, registry: Registry, 
     asyncio.run(main())
 
 
+def test_a_change_waits_for_the_look_that_saw_it_first(registry: Registry) -> None:
+    """The look of every few seconds comes between the commit and the change's own look, and begins to load."""
+    three(registry)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        engine = FakeEngine(max_bytes=10**6, is_manual=True)
+        async with serving(registry, engine) as service:
+
+            def act() -> None:
+                put_live(registry, V1)
+                assert asyncio.run_coroutine_threadsafe(service._follower.look(), loop).result()
+
+            changed = asyncio.create_task(service.change(act))
+            await until(lambda: engine.loads)
+            await asyncio.wait({changed}, timeout=0.3)  # it would be done in a millisecond
+            assert not changed.done()
+            engine.loads.pop()[1].set_result(None)
+            await changed
+            assert is_live(service, "tools@1")
+
+    asyncio.run(main())
+
+
 def test_without_its_database_a_server_goes_on(
     registry: Registry, sqlite_database: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
