@@ -11,7 +11,7 @@ import zipfile
 import numpy as np
 
 from quant.model_types import ModelConfig
-from server.engine.lora import CONFIG_NAME, TENSORS_NAME, projection_shape
+from server.engine.lora import CONFIG_NAME, TENSORS_NAME
 from server.engine.lora_types import PROJECTIONS
 
 
@@ -23,7 +23,7 @@ def peft_zips(config: ModelConfig, *, count: int, rank: int, strength: float, se
         for name in PROJECTIONS:
             part = "self_attn" if name[0] in "qkvo" else "mlp"
             prefix = f"base_model.model.model.layers.{layer}.{part}.{name}"
-            rows, columns = projection_shape(config, name)
+            rows, columns = config.projection_shape(name)
             tensors[f"{prefix}.lora_A.weight"] = _normal(rng, rank, columns, columns**-0.5)
             tensors[f"{prefix}.lora_B.weight"] = _normal(rng, rows, rank, strength * rank**-0.5 / 8)
     last = [name for name in tensors if f".{config.num_layers - 1}." in name and "lora_B" in name]

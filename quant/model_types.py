@@ -42,6 +42,19 @@ class ModelConfig:
     qk_norm: bool
     tie_embeddings: bool
 
+    def projection_shape(self, projection: str) -> tuple[int, int]:
+        """(rows out, columns in) of one of the seven matrices of a layer, by its name in transformers and PEFT."""
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        return {
+            "q_proj": (queries, self.hidden_size),
+            "k_proj": (keys, self.hidden_size),
+            "v_proj": (keys, self.hidden_size),
+            "o_proj": (self.hidden_size, queries),
+            "gate_proj": (self.intermediate_size, self.hidden_size),
+            "up_proj": (self.intermediate_size, self.hidden_size),
+            "down_proj": (self.hidden_size, self.intermediate_size),
+        }[projection]
+
 
 class TensorData(Protocol):
     """Where a tensor's bytes come from."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from finetune.model.lora import GROUP_PROJECTIONS, LoraSpec, module_name, parameter_name, projection_shape
+from finetune.model.lora import GROUP_PROJECTIONS, LoraSpec, module_name, parameter_name
 from finetune.model.weights import FrozenLayer
 from finetune.ops.attention import Layout, attend
 from finetune.ops.lora_projection import LoraPart, Projection, project
@@ -77,7 +77,7 @@ def make_layer(
         own: list[torch.Tensor] = []
         start = 0
         for name in names:
-            module, end = module_name(index, name), start + projection_shape(config, name)[0]
+            module, end = module_name(index, name), start + config.projection_shape(name)[0]
             if name in spec.targets:
                 parts.append(LoraPart(start, end, spec.scale_of(module)))
                 own += [parameters[parameter_name(module, half)] for half in "AB"]

@@ -75,28 +75,13 @@ def parameter_name(module: str, half: str) -> str:
     return f"base_model.model.{module}.lora_{half}.weight"
 
 
-def projection_shape(config: ModelConfig, projection: str) -> tuple[int, int]:
-    """(out, in)."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }[projection]
-
-
 def factor_shapes(config: ModelConfig, spec: LoraSpec) -> Iterator[tuple[str, tuple[int, int]]]:
     """Every factor's name and shape: A (rank, in), then B (out, rank), in the order of the forward pass."""
     for layer in range(config.num_layers):
         for projection in PROJECTIONS:
             if projection in spec.targets:
                 module = module_name(layer, projection)
-                rows, columns = projection_shape(config, projection)
+                rows, columns = config.projection_shape(projection)
                 yield parameter_name(module, "A"), (spec.rank_of(module), columns)
                 yield parameter_name(module, "B"), (rows, spec.rank_of(module))
 

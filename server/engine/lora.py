@@ -53,21 +53,6 @@ def load_adapter_files(path: str | Path, config: "ModelConfig") -> LoraWeights:
         file.close()
 
 
-def projection_shape(config: "ModelConfig", projection: str) -> tuple[int, int]:
-    """(rows out, columns in) of one of the seven matrices."""
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (ffn, hidden),
-        "up_proj": (ffn, hidden),
-        "down_proj": (hidden, ffn),
-    }[projection]
-
-
 def _read_config(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
@@ -100,7 +85,7 @@ def _assign(tensors: dict[str, SafeTensor], modules: set[str]) -> dict[tuple[str
 
 
 def _projection(target: LoraTarget, halves: dict[tuple[str, str], SafeTensor], config: "ModelConfig") -> LoraProjection:
-    rows, columns = projection_shape(config, target.projection)
+    rows, columns = config.projection_shape(target.projection)
     return LoraProjection(
         target.layer,
         target.projection,

@@ -17,7 +17,6 @@ import _sterna
 from quant.formats import GGMLType
 from quant.model_file import ModelFile, open_model
 from server.engine.engine import Engine
-from server.engine.lora import projection_shape
 from server.engine.lora_types import PROJECTIONS, LoraProjection, LoraWeights
 from server.engine.params import EngineOutput, SamplingParams
 from server.engine.scheduler import Scheduler, StepPlan
@@ -83,7 +82,7 @@ def adapter_weights(file: ModelFile, seed: int) -> LoraWeights:
     parts = []
     for layer in range(file.config.num_layers):
         for name in PROJECTIONS:
-            rows, columns = projection_shape(file.config, name)
+            rows, columns = file.config.projection_shape(name)
             a = (rng.standard_normal((8, columns)) / np.sqrt(columns)).astype(np.float32)
             b = (rng.standard_normal((rows, 8)) * 0.3).astype(np.float32)
             parts.append(LoraProjection(layer, name, a, b, 0.7))

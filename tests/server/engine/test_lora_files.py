@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.lora import load_adapter_files, projection_shape
+from server.engine.lora import load_adapter_files
 from server.engine.lora_types import PROJECTIONS
 from server.errors import AdapterError
 
@@ -63,7 +63,7 @@ def tensors_for(modules, ranks=None, dtype="F32", model=MODEL) -> dict[str, tupl
     result = {}
     for layer, projection in modules:
         rank = (ranks or {}).get((layer, projection), 2)
-        rows, columns = projection_shape(model, projection)
+        rows, columns = model.projection_shape(projection)
         prefix = f"base_model.model.{module_name(layer, projection)}"
         # Multiples of 1/8: exact in every type.
         result[f"{prefix}.lora_A.weight"] = (rng.integers(-8, 8, (rank, columns)) / 8, dtype)
@@ -95,7 +95,7 @@ def test_every_float_type(tmp_path, dtype):
     assert [(part.layer, part.projection) for part in weights.projections] == everywhere(*PROJECTIONS)
     for part in weights.projections:
         prefix = f"base_model.model.{module_name(part.layer, part.projection)}"
-        rows, columns = projection_shape(MODEL, part.projection)
+        rows, columns = MODEL.projection_shape(part.projection)
         assert part.a.shape == (2, columns)
         assert part.b.shape == (rows, 2)
         assert part.a.dtype == part.b.dtype == np.float32
