@@ -21,10 +21,10 @@ from server.storage.database import Database
 from tests.server.adapters.fake_engine import until
 from tests.server.adapters.make import BASE, WHO, put_live
 from tests.server.engine.core_twin import Shape, Twin
-from tests.server.engine.test_lora_files import BASE_CONFIG, SmallModel, module_name, write_adapter
+from tests.server.engine.test_lora_files import BASE_CONFIG, module_name, small_model, write_adapter
 
 SHAPE = Shape()
-MODEL = SmallModel(SHAPE.layers, SHAPE.hidden, SHAPE.ffn, SHAPE.heads, SHAPE.kv_heads, SHAPE.head_dim)
+MODEL = small_model(SHAPE.layers, SHAPE.hidden, SHAPE.ffn, SHAPE.heads, SHAPE.kv_heads, SHAPE.head_dim)
 TWIN = Twin(SHAPE)
 NUM_VERSIONS = 6
 PARAMS = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)

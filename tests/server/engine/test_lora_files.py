@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,25 +9,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quant.model_types import ModelConfig
 from server.engine.lora import load_adapter_files
 from server.engine.lora_types import PROJECTIONS
 from server.errors import AdapterError
 
 
-@dataclass(frozen=True)
-class SmallModel:
-    """The part of quant.model_file.ModelConfig that the loader reads."""
+def small_model(
+    num_layers=3, hidden_size=8, intermediate_size=12, num_heads=4, num_kv_heads=2, head_dim=3, architecture="qwen2"
+) -> ModelConfig:
+    """The sizes that a loader of adapters reads; the rest is anything."""
+    return ModelConfig(
+        architecture=architecture,
+        name="small",
+        num_layers=num_layers,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        vocab_size=16,
+        context_length=64,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        rope_dim=head_dim,
+        rope_freq_factors=None,
+        qkv_bias=architecture == "qwen2",
+        qk_norm=False,
+        tie_embeddings=True,
+    )
 
-    num_layers: int = 3
-    hidden_size: int = 8
-    intermediate_size: int = 12
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 3
-    architecture: str = "qwen2"
 
-
-MODEL = SmallModel()
+MODEL = small_model()
 BASE_CONFIG = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

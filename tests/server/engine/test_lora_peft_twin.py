@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from server.engine.lora import load_adapter_files
-from tests.server.engine.test_lora_files import SmallModel
+from tests.server.engine.test_lora_files import small_model
 
-MODEL = SmallModel(num_layers=3, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=4)
+MODEL = small_model(num_layers=3, hidden_size=16, intermediate_size=24, num_heads=4, num_kv_heads=2, head_dim=4)
 VARIANTS = {
     "list": {"target_modules": ["q_proj", "down_proj"]},
     "all linear": {"target_modules": "all-linear"},
