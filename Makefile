@@ -18,7 +18,7 @@ run: finetune-setup ## serve the default model on 127.0.0.1:8000, and learn from
 	$(BIN)/sterna models pull $(MODEL)
 	$(BIN)/sterna up --model $(MODEL)
 
-demo: finetune-setup ## traffic, rounds, the gate, the swap: before and after, in under 40 minutes on two idle cores
+demo: finetune-setup ## traffic, rounds, the gate, the swap: before and after, in about 45 minutes on two idle cores
 	$(BIN)/sterna models pull smollm2-135m-instruct
 	$(BIN)/python -m finetune.demo
 

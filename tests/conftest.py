@@ -1,7 +1,7 @@
 """Where the default model is, and where temporary files go; and the data of servers under test is never the user's.
 
-Temporary files are in memory where there is enough: half of many a test is one that waits for the disk (every commit
-of SQLite does), and a machine that never loses its power learns nothing from that. All of it is gone at the end;
+Temporary files are in memory where there is enough: most tests of the log wait for the disk (every commit of SQLite
+does), and a machine that never loses its power learns nothing from that. All of it is gone at the end;
 `--basetemp=FOLDER` keeps what tests have written to `tmp_path`, on the disk.
 """
 

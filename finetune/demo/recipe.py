@@ -18,10 +18,9 @@ TOOLS = Recipe(
     )
 )
 """A step is one micro-batch, five to six examples. A call has 45 tokens and a refusal 12: at equal weights not calling
-is a tenth of the loss, and after 50 steps it was right 0 of 20 times. On the untouched side of seed 0 (222 calls, 174
-without), two epochs: learning rate 5e-4 gave 60 % exactly right, 94 % right tool, 98 % no call; 1e-3, with labels that
-left out what may be left out, 59, 96 and 98 %. This recipe, on another draw (204, 160): 55, 97 and 100 %, the plain one
-48, 100 and 0 %. Half of the general prompts: all would take a sixth of the time."""
+is a tenth of the loss, and is learned too late. What `python -m finetune.demo` measured with it (seed 0; 204 calls, 160
+without): 55 % exactly right, 97 % right tool, 100 % no call, where the plain recipe has 48, 100 and 0. Half of the
+general prompts: all would take a sixth of the time."""
 PLAIN = Recipe(
     ("--epochs", "1", "--tokens-per-step", "2048", "--learning-rate", "5e-4", "--general-prompts", "0", *_GATE)
 )

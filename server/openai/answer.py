@@ -21,7 +21,7 @@ from server.backends.base import Backend, Call
 from server.errors import SternaError
 from server.metrics import Metrics
 from server.openai.access import Caller
-from server.openai.assemble import ChatDraft, CompletionDraft, Draft
+from server.openai.assemble import Draft, chat_draft, completion_draft
 from server.openai.notes import Notes
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.chunks import ChatChunk, CompletionChunk
@@ -252,13 +252,13 @@ class Answer(Generic[Chunk]):
 def answer_chat(parts: Parts, asked: Asked) -> Answer[ChatChunk]:
     request = asked.request
     assert isinstance(request, ChatRequest)
-    return Answer(parts, asked, "chat", ChatDraft(), lambda call: parts.backend.chat(request, call))
+    return Answer(parts, asked, "chat", chat_draft(), lambda call: parts.backend.chat(request, call))
 
 
 def answer_completion(parts: Parts, asked: Asked) -> Answer[CompletionChunk]:
     request = asked.request
     assert isinstance(request, CompletionRequest)
-    return Answer(parts, asked, "completions", CompletionDraft(), lambda call: parts.backend.complete(request, call))
+    return Answer(parts, asked, "completions", completion_draft(), lambda call: parts.backend.complete(request, call))
 
 
 def _is_end(chunk: ChatChunk | CompletionChunk) -> bool:

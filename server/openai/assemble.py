@@ -4,8 +4,9 @@ The only way in which an unstreamed answer comes about, so both are equal by con
 it for the `openai` client's own accumulation too.
 """
 
-from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from server.openai.protocol.chunks import (
     Body,
@@ -16,101 +17,84 @@ from server.openai.protocol.chunks import (
 )
 
 
-class Draft(Protocol):
-    """ChatDraft or CompletionDraft."""
+class Draft:
+    """A response in the making: `completion_draft()` or `chat_draft()`."""
+
+    def __init__(self, kind: "_Kind") -> None:
+        self._kind = kind
+        self._head: Mapping[str, Any] | None = None
+        self._choices: dict[int, dict[str, Any]] = {}
+        self.usage: Usage | None = None
 
     @property
     def id(self) -> str | None:
         """Of the response; None before the first chunk."""
+        return None if self._head is None else self._head["id"]
 
-    @property
-    def usage(self) -> Usage | None: ...
-
-    def add(self, chunk: Mapping[str, Any]) -> None: ...
+    def add(self, chunk: Mapping[str, Any]) -> None:
+        self._head = self._head or chunk
+        self.usage = chunk.get("usage") or self.usage
+        for part in chunk["choices"]:
+            index = part["index"]
+            if index not in self._choices:
+                self._choices[index] = {"index": index, **self._kind.new()}
+            self._kind.add(self._choices[index], part)
 
     def messages(self) -> list[tuple[dict[str, Any], str | None]]:
         """Every choice so far as an assistant message, and its finish reason."""
+        return [(self._kind.message(choice), choice["finish_reason"]) for choice in self._in_order()]
 
     def body(self) -> Body:
         """The unstreamed response."""
+        head = self._head
+        assert head is not None, "a backend yields at least the usage chunk"
+        return {
+            "id": head["id"],
+            "object": self._kind.object,
+            "created": head["created"],
+            "model": head["model"],
+            "system_fingerprint": head["system_fingerprint"],
+            "choices": [self._kind.finished(choice) for choice in self._in_order()],
+            "usage": self.usage,
+        }
+
+    def _in_order(self) -> list[dict[str, Any]]:
+        return [self._choices[index] for index in sorted(self._choices)]
 
 
-class CompletionDraft:
-    """A `text_completion` object in the making."""
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What differs between the two routes."""
 
-    def __init__(self) -> None:
-        self._head: Mapping[str, Any] | None = None
-        self._choices: dict[int, dict[str, Any]] = {}
-        self.usage: Usage | None = None
+    object: Literal["text_completion", "chat.completion"]
+    new: Callable[[], dict[str, Any]]
+    add: Callable[[dict[str, Any], Any], None]
+    message: Callable[[Mapping[str, Any]], dict[str, Any]]
+    finished: Callable[[dict[str, Any]], dict[str, Any]]
 
-    @property
-    def id(self) -> str | None:
-        return None if self._head is None else self._head["id"]
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        self._head = self._head or chunk
-        self.usage = chunk.get("usage") or self.usage
-        for part in chunk["choices"]:
-            _add_completion(self._choices.setdefault(part["index"], _new_completion(part["index"])), part)
-
-    def messages(self) -> list[tuple[dict[str, Any], str | None]]:
-        return [
-            ({"role": "assistant", "content": choice["text"]}, choice["finish_reason"])
-            for _, choice in sorted(self._choices.items())
-        ]
-
-    def body(self) -> Body:
-        return _body(
-            self._head, "text_completion", [self._choices[index] for index in sorted(self._choices)], self.usage
+def completion_draft() -> Draft:
+    return Draft(
+        _Kind(
+            "text_completion",
+            new=lambda: {"text": "", "logprobs": None, "finish_reason": None},
+            add=_add_completion,
+            message=lambda choice: {"role": "assistant", "content": choice["text"]},
+            finished=dict,
         )
+    )
 
 
-class ChatDraft:
-    """A `chat.completion` object in the making."""
-
-    def __init__(self) -> None:
-        self._head: Mapping[str, Any] | None = None
-        self._choices: dict[int, dict[str, Any]] = {}
-        self.usage: Usage | None = None
-
-    @property
-    def id(self) -> str | None:
-        return None if self._head is None else self._head["id"]
-
-    def add(self, chunk: Mapping[str, Any]) -> None:
-        self._head = self._head or chunk
-        self.usage = chunk.get("usage") or self.usage
-        for part in chunk["choices"]:
-            _add_chat(self._choices.setdefault(part["index"], _new_chat(part["index"])), part)
-
-    def messages(self) -> list[tuple[dict[str, Any], str | None]]:
-        return [(_closed(choice["message"]), choice["finish_reason"]) for _, choice in sorted(self._choices.items())]
-
-    def body(self) -> Body:
-        choices = [{**choice, "message": _closed(choice["message"])} for _, choice in sorted(self._choices.items())]
-        return _body(self._head, "chat.completion", choices, self.usage)
-
-
-def _body(
-    head: Mapping[str, Any] | None,
-    kind: Literal["text_completion", "chat.completion"],
-    choices: list[dict[str, Any]],
-    usage: Usage | None,
-) -> Body:
-    assert head is not None, "a backend yields at least the usage chunk"
-    return {
-        "id": head["id"],
-        "object": kind,
-        "created": head["created"],
-        "model": head["model"],
-        "system_fingerprint": head["system_fingerprint"],
-        "choices": choices,
-        "usage": usage,
-    }
-
-
-def _new_completion(index: int) -> dict[str, Any]:
-    return {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+def chat_draft() -> Draft:
+    return Draft(
+        _Kind(
+            "chat.completion",
+            new=_new_chat,
+            add=_add_chat,
+            message=lambda choice: _closed(choice["message"]),
+            finished=lambda choice: {**choice, "message": _closed(choice["message"])},
+        )
+    )
 
 
 def _add_completion(choice: dict[str, Any], part: CompletionChoice) -> None:
@@ -126,7 +110,7 @@ def _add_completion(choice: dict[str, Any], part: CompletionChoice) -> None:
         column.extend(logprobs[key])  # type: ignore[literal-required]
 
 
-def _new_chat(index: int) -> dict[str, Any]:
+def _new_chat() -> dict[str, Any]:
     message: dict[str, Any] = {
         "role": "assistant",
         "content": "",
@@ -134,7 +118,7 @@ def _new_chat(index: int) -> dict[str, Any]:
         "reasoning_content": "",
         "tool_calls": [],
     }
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
+    return {"message": message, "logprobs": None, "finish_reason": None}
 
 
 def _add_chat(choice: dict[str, Any], part: ChatChoice) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from server.backends.upstream_chunks import ChatAnswer, CompletionAnswer
 from server.errors import ServerUnavailableError
-from server.openai.assemble import ChatDraft, CompletionDraft
+from server.openai.assemble import chat_draft, completion_draft
 from tests.server.backends.fake_upstream import HEAD, HELLO, USAGE, delta
 from tests.server.openai.validator import check_chat, check_chat_chunk, check_completion, check_completion_chunk
 
@@ -22,7 +22,7 @@ OUR_USAGE = {
 
 def chat(*values: dict[str, Any], is_done: bool = True) -> dict[str, Any]:
     """The unstreamed answer; every chunk on the way is checked."""
-    answer, draft = ChatAnswer("asked-for"), ChatDraft()
+    answer, draft = ChatAnswer("asked-for"), chat_draft()
     kept: list[dict[str, Any]] = []
     for value in values:
         kept += [{**answer.head, "choices": [choice]} for choice in answer.push(value)]
@@ -240,7 +240,7 @@ def test_an_answer_that_breaks_off_is_a_failure() -> None:
 
 
 def completion(*values: dict[str, Any]) -> dict[str, Any]:
-    answer, draft = CompletionAnswer("asked-for"), CompletionDraft()
+    answer, draft = CompletionAnswer("asked-for"), completion_draft()
     choices = [one for value in values for one in answer.push(value)]
     answer.stem.end(is_done=True)
     for one in [*choices, *answer.finish()]:
