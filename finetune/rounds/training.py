@@ -9,7 +9,7 @@ import io
 import json
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from finetune.rounds.references import reference_margins
 from finetune.rounds.steps import Steps
 from finetune.rounds.validation import split_validation
 from finetune.rounds.weights import PEFT, Parent
-from finetune.train.loop import StepLog, train
+from finetune.train.loop import StepLog, TrainResult, train
 from finetune.train.settings import TrainSettings
 
 PARENT = "parent"
@@ -103,7 +103,13 @@ def run_training(
         _write_peft(trained, task.folder / PEFT)
     finally:
         trained.close()
-    logged = _logged(losses)
+    return Done(_facts(result, _logged(losses), lessons, validated))
+
+
+def _facts(
+    result: TrainResult, logged: Sequence[tuple[int, float, float | None]], lessons: Lessons, validated: list[Packed]
+) -> dict[str, Any]:
+    """What the round's row keeps of its training."""
     curve = [[step, loss] for step, loss, _ in logged]
     facts = {
         "num_steps": result.progress.step,
@@ -123,7 +129,7 @@ def run_training(
             "best_loss": result.progress.best_loss,
             "stopped_early": result.stopped_early,
         }
-    return Done(facts)
+    return facts
 
 
 def round_lessons(snapshot: Snapshot, own: FinetuneSettings) -> tuple[Lessons, list[Packed]]:
