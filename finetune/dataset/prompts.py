@@ -1,6 +1,7 @@
 """The committed lists of everyday prompts: what must not be forgotten, and by what forgetting is measured.
 
-`general_prompts.txt` is trained on (the base's own answers, KL to the base), `chat_prompts.txt` is ordinary chat for
+`general_prompts.txt` is trained on (the base's own answers, KL to the base; every second one asks for a form: one word,
+a number, a list, of which a model that learns to call forgets most), `chat_prompts.txt` is ordinary chat for
 the demonstration, `finetune/gate/regression_prompts.txt` is the gate's, with the form that its answers should have. No
 prompt nearly equals one of another list: a test says so.
 """
