@@ -61,6 +61,8 @@ class GGUFHeader:
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensorInfo]
+    spans: dict[str, tuple[int, int]]
+    """Where each metadata value lies, from its type's number on: (start, end) in the file."""
 
 
 def read_header(data: bytes | mmap.mmap, path: Path) -> GGUFHeader:
@@ -82,13 +84,16 @@ class _Reader:
         self._check_count("tensors", tensor_count, _MIN_TENSOR_BYTES)
         self._check_count("metadata keys", key_count, _MIN_KEY_VALUE_BYTES)
         metadata: dict[str, Any] = {}
+        spans: dict[str, tuple[int, int]] = {}
         for index in range(key_count):
             self._where = f"metadata key {index}"
             key = self._name()
             self._where = key
             if key in metadata:
                 raise self._error("the metadata key occurs twice")
+            start = self._position
             metadata[key] = self._value(self._uint32())
+            spans[key] = (start, self._position)
         alignment = self._alignment(metadata)
         entries = [self._tensor_entry(index) for index in range(tensor_count)]
         self._where = None
@@ -100,7 +105,7 @@ class _Reader:
                 raise self._error("the tensor occurs twice")
             tensors[name] = self._place(name, raw_type, dimensions, offset, data_start, alignment)
         self._check_overlaps(tensors)
-        return GGUFHeader(version, metadata, tensors)
+        return GGUFHeader(version, metadata, tensors, spans)
 
     def _error(self, reason: str) -> ModelFileError:
         return ModelFileError(self._path, reason, tensor=self._where)

@@ -20,8 +20,7 @@ import numpy as np
 
 from quant.errors import ModelFileError
 from quant.model_types import ModelConfig
-from quant.rope_order import interleaved_rows
-from quant.tensor_rules import is_query_or_key, layer_kind
+from quant.rope_order import file_rows
 
 FOLDED_KEY = "sterna.lora.folded"
 """Metadata: names of the base tensors whose B has a part of the scale in it; absent when there is none."""
@@ -121,9 +120,8 @@ def _folded(path: Path, pair: LoraPair, rest: float) -> np.ndarray:
 
 
 def _in_file_order(config: ModelConfig, tensor: str, b: np.ndarray) -> np.ndarray:
-    if config.architecture != "llama" or not is_query_or_key(tensor):
+    rows = file_rows(config, tensor)
+    if rows is None:
         return b
-    num_heads = config.num_heads if layer_kind(tensor) == "attn_q.weight" else config.num_kv_heads
-    rows = interleaved_rows(config, num_heads)
     assert len(rows) == len(b), (tensor, b.shape)
     return b[rows]

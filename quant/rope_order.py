@@ -7,6 +7,7 @@ Rotary embedding turns pairs of rows. Half-split keeps pair i of a head at rows 
 import numpy as np
 
 from quant.model_types import ModelConfig
+from quant.tensor_rules import is_query_or_key, layer_kind
 
 
 def half_split_rows(config: ModelConfig, num_heads: int) -> np.ndarray:
@@ -21,3 +22,11 @@ def half_split_rows(config: ModelConfig, num_heads: int) -> np.ndarray:
 def interleaved_rows(config: ModelConfig, num_heads: int) -> np.ndarray:
     """For each row in interleaved order the half-split row that belongs there: the inverse of the other."""
     return np.argsort(half_split_rows(config, num_heads)).astype(np.int32)
+
+
+def file_rows(config: ModelConfig, tensor: str) -> np.ndarray | None:
+    """For each row of a tensor in the model's GGUF file the half-split row that belongs there; None for all as is."""
+    if config.architecture != "llama" or not is_query_or_key(tensor):
+        return None
+    is_query = (layer_kind(tensor) or "").startswith("attn_q.")
+    return interleaved_rows(config, config.num_heads if is_query else config.num_kv_heads)

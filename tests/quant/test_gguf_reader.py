@@ -118,7 +118,7 @@ def test_block_sizes_are_ggmls() -> None:
 
 def test_version_2_is_read() -> None:
     data = file_bytes([("general.name", text_value("x"))], version=2)
-    assert read_header(data, PATH) == GGUFHeader(2, {"general.name": "x"}, {})
+    assert read_header(data, PATH) == GGUFHeader(2, {"general.name": "x"}, {}, {"general.name": (44, 57)})
 
 
 def test_alignment_of_the_file_holds() -> None:
