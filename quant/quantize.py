@@ -1,14 +1,16 @@
-"""Quantize rows of weights to Q8_0 and Q4_0 blocks, bit for bit as ggml's reference and `gguf.quants` do.
+"""Rows of weights as the types that we write, bit for bit as ggml's reference and `gguf.quants` make them; and back.
 
 Works on slices small enough for the L2 cache, in place, so that a large model is quantized in one pass over its bytes.
 """
 
 import numpy as np
 
+from quant import ternary
 from quant.formats import BLOCK, GGMLType, row_bytes
 
 _SLICE_ELEMENTS = 65536  # 256 KiB of float32: two of these and the bytes fit a 1 MiB L2
 _BLOCK = 32
+_NOT_FINITE = "it holds a value that is not finite or too large to quantize"
 
 
 def to_float32(data: np.ndarray, type_: GGMLType) -> np.ndarray:
@@ -23,22 +25,75 @@ def to_float32(data: np.ndarray, type_: GGMLType) -> np.ndarray:
     return wide.view(np.float32)
 
 
-def quantize(data: np.ndarray, source: GGMLType, target: GGMLType) -> np.ndarray:
-    """Bytes of F32, F16 or BF16 rows (whole blocks of 32) to the bytes of Q8_0 or Q4_0 blocks.
+def dequantize(data: np.ndarray, type_: GGMLType) -> np.ndarray:
+    """Bytes of whole blocks of any type as float32, exactly."""
+    if type_ in _FLOAT_TYPES:
+        return to_float32(data, type_)
+    blocks = data.reshape(-1, BLOCK[type_][1])
+    if type_ in _TERNARY:
+        codes, scales = _TERNARY[type_][1](blocks)
+        return (codes * scales.astype(np.float32)[:, None]).reshape(-1)
+    import gguf  # 0.1 s, and only who asks for an error or writes a quantized file anew needs it
 
-    Raises ValueError for a value that is not finite or too large for the f16 scale.
+    values: np.ndarray = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType(int(type_)))
+    return values.reshape(-1)
+
+
+def quantize(data: np.ndarray, source: GGMLType, target: GGMLType, *, absmean: np.float32 | None = None) -> np.ndarray:
+    """Bytes of rows, whole blocks of both types, to the bytes of a WRITABLE type.
+
+    `absmean`: for TQ1_0 and TQ2_0 the one scale of the tensor (ternary.py), else each block's largest magnitude is its.
+    Raises ValueError for a value that is not finite or too large for the type or its f16 scale.
     """
-    quantize_slice = {GGMLType.Q8_0: _q8_0, GGMLType.Q4_0: _q4_0}[target]
-    source_bytes = BLOCK[source][1]
-    assert data.size % (_BLOCK * source_bytes) == 0, data.size
-    num_elements = data.size // source_bytes
-    result = np.empty((num_elements // _BLOCK, BLOCK[target][1]), np.uint8)
+    assert absmean is None or target in _TERNARY, target
+    source_elements, source_bytes = BLOCK[source]
+    elements, num_bytes = BLOCK[target]
+    num_elements = data.size // source_bytes * source_elements
+    assert data.size % source_bytes == 0, (data.size, source)
+    result = np.empty(row_bytes(target, num_elements), np.uint8)
+    blocks = result.reshape(-1, num_bytes)
     for start in range(0, num_elements, _SLICE_ELEMENTS):
         end = min(start + _SLICE_ELEMENTS, num_elements)
-        values = to_float32(data[start * source_bytes : end * source_bytes], source).reshape(-1, _BLOCK)
-        quantize_slice(values, result[start // _BLOCK : end // _BLOCK])
-    assert result.size == row_bytes(target, num_elements)
-    return result.reshape(-1)
+        piece = data[start // source_elements * source_bytes : end // source_elements * source_bytes]
+        values = dequantize(piece, source).reshape(-1, elements)
+        out = blocks[start // elements : end // elements]
+        if target in _TERNARY:
+            _ternary(values, out, target, absmean)
+        else:
+            _QUANTIZERS[target](values, out)
+    return result
+
+
+def _ternary(values: np.ndarray, out: np.ndarray, target: GGMLType, absmean: np.float32 | None) -> None:
+    if absmean is None:
+        codes, scales = ternary.absmax(values)
+        scales = scales[:, 0]
+    else:
+        codes, scales = ternary.absmean(values, absmean), np.full(len(values), absmean)
+    _TERNARY[target][0](codes, ternary.half_scales(scales), out)
+
+
+def _f32(values: np.ndarray, out: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(_NOT_FINITE)
+    out[:] = values.view(np.uint8)
+
+
+def _f16(values: np.ndarray, out: np.ndarray) -> None:
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    if not np.isfinite(halves).all():
+        raise ValueError(_NOT_FINITE)
+    out[:] = halves.view(np.uint8)
+
+
+def _bf16(values: np.ndarray, out: np.ndarray) -> None:
+    """Rounded to nearest, halves to even."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))
+    if ((rounded & 0x7F800000) == 0x7F800000).any() or not np.isfinite(values).all():
+        raise ValueError(_NOT_FINITE)
+    out[:] = (rounded >> 16).astype(np.uint16).view(np.uint8)
 
 
 def _store_scales(scales: np.ndarray, out: np.ndarray) -> np.ndarray:
@@ -46,7 +101,7 @@ def _store_scales(scales: np.ndarray, out: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         halves = scales.astype(np.float16)
     if not np.isfinite(halves).all():
-        raise ValueError("it holds a value that is not finite or too large to quantize")
+        raise ValueError(_NOT_FINITE)
     out[:, :2] = halves.view(np.uint8).reshape(-1, 2)
     # Scales below 2^-128 have no float32 inverse; their f16 is 0, so is the block's value, whatever the integers.
     usable = np.abs(scales) > np.float32(2.0**-127)
@@ -79,3 +134,36 @@ def _q4_0(values: np.ndarray, out: np.ndarray) -> None:
     nibbles = scaled.astype(np.uint8)
     np.minimum(nibbles, 15, out=nibbles)
     np.bitwise_or(nibbles[:, :16], nibbles[:, 16:] << 4, out=out[:, 2:])
+
+
+def _q4_1(values: np.ndarray, out: np.ndarray) -> None:
+    columns = np.ascontiguousarray(values.T)
+    high, low = columns.max(axis=0), columns.min(axis=0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        inverse = _store_scales((high - low) / np.float32(15), out)
+        minima = low.astype(np.float16)
+    if not np.isfinite(minima).all():
+        raise ValueError(_NOT_FINITE)
+    out[:, 2:4] = minima.view(np.uint8).reshape(-1, 2)
+    scaled = (values - low[:, None]) * inverse[:, None]
+    scaled += np.float32(0.5)
+    nibbles = scaled.astype(np.uint8)
+    np.minimum(nibbles, 15, out=nibbles)
+    np.bitwise_or(nibbles[:, :16], nibbles[:, 16:] << 4, out=out[:, 4:])
+
+
+_FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+_TERNARY = {  # (pack, unpack)
+    GGMLType.TQ1_0: (ternary.pack_tq1_0, ternary.unpack_tq1_0),
+    GGMLType.TQ2_0: (ternary.pack_tq2_0, ternary.unpack_tq2_0),
+}
+_QUANTIZERS = {
+    GGMLType.F32: _f32,
+    GGMLType.F16: _f16,
+    GGMLType.BF16: _bf16,
+    GGMLType.Q8_0: _q8_0,
+    GGMLType.Q4_0: _q4_0,
+    GGMLType.Q4_1: _q4_1,
+}
+WRITABLE = (*_QUANTIZERS, *_TERNARY)
+"""The types that `quantize` makes."""

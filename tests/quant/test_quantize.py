@@ -7,11 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from quant.formats import GGMLType
-from quant.quantize import quantize, to_float32
-from tests.tiny_models import bfloat16_bits
+from quant.formats import BLOCK, GGMLType
+from quant.quantize import WRITABLE, dequantize, quantize, to_float32
+from tests.tiny_models import bfloat16_bits, random_blocks
 
-TARGETS = [GGMLType.Q8_0, GGMLType.Q4_0]
+TARGETS = [GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.Q4_1]
+FLOATS = [GGMLType.F32, GGMLType.F16, GGMLType.BF16]
 
 
 def twin(values: np.ndarray, target: GGMLType) -> np.ndarray:
@@ -79,8 +80,33 @@ def test_values_without_an_inverse_scale_become_zero(target: GGMLType) -> None:
     assert not gguf.quants.dequantize(blocks.reshape(1, -1), gguf.GGMLQuantizationType(int(target))).any()
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38])
+@pytest.mark.parametrize("target", FLOATS)
+def test_float_types_equal_gguf(target: GGMLType) -> None:
+    rows = np.concatenate([hard_rows(), np.random.default_rng(0).standard_normal((700, 96)).astype(np.float32)])
+    ours = quantize(raw(rows), GGMLType.F32, target)
+    assert np.array_equal(ours, twin(rows, target).view(np.uint8))
+    assert np.array_equal(dequantize(ours, target), to_float32(ours, target))
+
+
+@pytest.mark.parametrize("source", list(GGMLType))
+@pytest.mark.parametrize("target", WRITABLE)
+def test_every_type_can_be_written_anew(source: GGMLType, target: GGMLType) -> None:
+    if source in WRITABLE:
+        values = np.random.default_rng(0).standard_normal((2, 1024)).astype(np.float32)
+        data = quantize(raw(values), GGMLType.F32, source)
+    elif source in (GGMLType.Q5_0, GGMLType.Q5_1):
+        values = np.random.default_rng(0).standard_normal((2, 1024)).astype(np.float32)
+        data = twin(values, source)
+    else:
+        data = random_blocks(source, (2, 1024), np.random.default_rng(0)).reshape(-1)
+    number = gguf.GGMLQuantizationType(int(source))
+    wide = gguf.quants.dequantize(data.reshape(-1, BLOCK[source][1]), number).reshape(-1)
+    assert np.array_equal(dequantize(data, source), wide)
+    assert np.array_equal(quantize(data, source, target), quantize(raw(wide), GGMLType.F32, target))
+
+
+@pytest.mark.parametrize("target", [*TARGETS, GGMLType.F16, GGMLType.BF16])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
 def test_values_that_do_not_fit_are_refused(target: GGMLType, value: float) -> None:
     rows = np.ones((2, 64), np.float32)
     rows[1, 40] = value
