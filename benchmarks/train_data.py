@@ -37,7 +37,8 @@ def make_steps(kind: str, model: Path, cache: Path, *, num_steps: int) -> list[S
     num = num_steps * EXAMPLES_A_STEP
     picked = [questions[i] for i in rng.permutation(len(questions))[:num]]
     if kind == "agent":
-        picked = [one for one in questions if one.set == "simple_python"][:AGENT_TOOLS]
+        named = {one.tools[0]["function"]["name"]: one for one in questions if one.set == "simple_python"}
+        picked = list(named.values())[:AGENT_TOOLS]  # several questions have the same tool
         tools = [tool for one in picked for tool in one.tools]
         examples = [_example(renderer, picked[i], tools) for i in rng.integers(0, len(picked), num)]
     else:

@@ -194,6 +194,7 @@ def main() -> None:
     for kind in args.kinds.split(","):
         with tempfile.TemporaryDirectory() as folder:
             results.append(measure(kind, path, Path(folder), args))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     print(table(results))
     print(f"targets: ratios as given, and at most {MEMORY_TARGET:.0%} of the peer's memory in `full`")
     print(json.dumps({"model": path.name, "threads": args.threads, "rounds": args.rounds, "results": results}))
