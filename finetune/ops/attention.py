@@ -30,6 +30,8 @@ class Layout:
     sin: torch.Tensor
     scores: torch.dtype
     """Of scores and probabilities: with bf16 inputs bf16, or float32 for twice the attention's time."""
+    cache: torch.dtype | None = None
+    """Keys and values are rounded to this type, as a KV cache has them; gradients go straight through."""
 
 
 class Attention(torch.autograd.Function):
@@ -37,7 +39,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
-        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _by_head(v, v.dtype)
+        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _values(v, layout)
         group, masks = q.shape[1] // k.shape[1], _Masks(queries)
         out = torch.empty_like(queries, dtype=q.dtype)
         for tile in layout.tiles:
@@ -53,7 +55,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         q, k, v = ctx.saved_tensors
         layout: Layout = ctx.layout
-        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _by_head(v, v.dtype)
+        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _values(v, layout)
         narrow_queries, narrow_keys = queries.to(q.dtype), keys.to(q.dtype)
         group, masks = q.shape[1] // k.shape[1], _Masks(queries)
         d_out = _grouped(grad, k.shape[1]).contiguous()
@@ -129,7 +131,13 @@ def _scale_rest(x: torch.Tensor, cos: torch.Tensor, scale: float) -> torch.Tenso
 
 def _turned_keys(k: torch.Tensor, layout: Layout) -> torch.Tensor:
     """(H, T, D) in the scores' type."""
-    return rotate(_by_head(k, wide_dtype(k.dtype)), layout.cos, layout.sin).to(layout.scores)
+    turned = rotate(_by_head(k, wide_dtype(k.dtype)), layout.cos, layout.sin)
+    return (turned if layout.cache is None else turned.to(layout.cache)).to(layout.scores)
+
+
+def _values(v: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """(H, T, D) in v's type."""
+    return _by_head(v, v.dtype if layout.cache is None else layout.cache).to(v.dtype)
 
 
 def _probabilities(queries: torch.Tensor, keys: torch.Tensor, masks: _Masks, tile: Tile) -> torch.Tensor:

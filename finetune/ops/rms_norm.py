@@ -1,7 +1,7 @@
-"""RMSNorm with a frozen weight, y = w * x / sqrt(mean(x^2) + eps): forward, backward, and the autograd function.
+"""RMSNorm, y = w * x / sqrt(mean(x^2) + eps): forward, backward, and the autograd function.
 
-Computed in float32 (float64 for float64) whatever the inputs' type. The weight gets no gradient. The backward pass
-recomputes 1/sqrt from x, which is cheaper to do than to keep. Shapes: x (..., C), weight (C).
+Computed in float32 (float64 for float64) whatever the inputs' type. The weight gets a gradient where it requires one.
+What is kept besides x is 1/sqrt, one number a row. Shapes: x (..., C), weight (C).
 """
 
 from typing import Any
@@ -32,6 +32,11 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     return result.to(x.dtype)
 
 
+def rms_norm_weight_gradient(grad: torch.Tensor, x: torch.Tensor, rstd: torch.Tensor) -> torch.Tensor:
+    """(C,) in the wide type: the sum over the rows of dy * x * rstd."""
+    return torch.mul(x.to(rstd.dtype), rstd).mul_(grad).flatten(0, -2).sum(0)
+
+
 class RmsNorm(torch.autograd.Function):
     """The norm by itself: of the last hidden states, and of Q and K per head."""
 
@@ -43,9 +48,10 @@ class RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        return rms_norm_backward(grad, x, weight, rstd), None, None, None
+        d_weight = rms_norm_weight_gradient(grad, x, rstd) if ctx.needs_input_grad[1] else None
+        return rms_norm_backward(grad, x, weight, rstd), d_weight, None, None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -1,10 +1,12 @@
 """Chunked cross-entropy and KL agree with plain ones over whole logits, whatever the chunks, and by gradcheck."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import finetune.ops.cross_entropy as cross_entropy
-from finetune.ops.cross_entropy import LossTerms, linear_cross_entropy
+from finetune.ops.cross_entropy import HeadOptions, LossTerms, linear_cross_entropy, trained_cross_entropy
 
 ROWS, WIDTH, VOCAB = 5, 4, 11
 TERM_ROWS = torch.tensor([0, 1, 1, 1, 2, 4, 4])
@@ -93,3 +95,56 @@ def test_no_terms_at_all() -> None:
     total, losses = linear_cross_entropy(hidden, torch.randn(VOCAB, WIDTH), terms)
     total.backward()
     assert (total.item(), losses.shape) == (0.0, (0,))
+
+
+def slow_entropy(hidden: torch.Tensor, head: torch.Tensor, terms: LossTerms) -> torch.Tensor:
+    log_p = torch.log_softmax(hidden @ head.t(), -1)
+    return (-(log_p.exp() * log_p).sum(-1)[terms.rows] * terms.weights).sum()
+
+
+@pytest.mark.parametrize("kl", [False, True])
+@pytest.mark.parametrize("entropy_weight", [0.0, 0.3, -0.2])
+def test_a_trained_head(kl: bool, entropy_weight: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients of hidden states and head, with the entropy in the loss, over several chunks."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2 * VOCAB * 8)
+    monkeypatch.setattr(cross_entropy, "HEAD_TILE", 4)
+    hidden, head, terms = make(torch.float64, kl=kl)
+    head.requires_grad_()
+    if kl:  # a teacher of another width; otherwise the head's own base, which the gradient must not reach
+        terms = replace(terms, base=torch.randn(2, 3).double(), base_head=torch.randn(VOCAB, 3).double())
+    options = HeadOptions(entropy_weight=entropy_weight, has_entropy=True)
+    total, losses, entropy = trained_cross_entropy(hidden, head, terms, options)
+    log_p = torch.log_softmax(hidden @ head.t(), -1)
+    expected_losses = -log_p[terms.rows, terms.targets]
+    if terms.base is not None and terms.base_head is not None:
+        log_base = torch.log_softmax(terms.base @ terms.base_head.t(), -1)[terms.base_rows]
+        divergence = (log_base.exp() * (log_base - log_p[terms.rows])).sum(-1)
+        expected_losses = torch.where(terms.is_kl, divergence, expected_losses)
+    expected = (expected_losses * terms.weights).sum() - entropy_weight * slow_entropy(hidden, head, terms)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(losses, expected_losses.detach())
+    torch.testing.assert_close(entropy, slow_entropy(hidden, head, terms).detach())
+    grads = torch.autograd.grad(total / 7, [hidden, head])
+    torch.testing.assert_close(grads, torch.autograd.grad(expected / 7, [hidden, head]))
+
+
+def test_gradcheck_of_a_trained_head() -> None:
+    hidden, head, terms = make(torch.float64, kl=False)
+    options = HeadOptions(entropy_weight=0.3)
+
+    def total(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+        return trained_cross_entropy(hidden, head, terms, options)[0]
+
+    assert torch.autograd.gradcheck(total, (hidden, head.requires_grad_()))
+
+
+def test_values_stand_for_the_head() -> None:
+    """What is multiplied are the values; the gradient goes to the head, straight through."""
+    hidden, head, terms = make(torch.float64, kl=False)
+    values = (head * 3).round() / 3
+    total, _, _ = trained_cross_entropy(hidden, head.requires_grad_(), terms, HeadOptions(values))
+    twin = values.clone().requires_grad_()
+    expected, _ = slow(hidden, twin, terms)
+    torch.testing.assert_close(total, expected)
+    found = torch.autograd.grad(total, [hidden, head])
+    torch.testing.assert_close(found, torch.autograd.grad(expected, [hidden, twin]))

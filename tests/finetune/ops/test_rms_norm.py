@@ -29,6 +29,7 @@ def test_gradcheck() -> None:
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, weight, EPS), (x,))
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, EPS), (x, weight.requires_grad_()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
