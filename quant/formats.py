@@ -42,6 +42,18 @@ BLOCK: dict[GGMLType, tuple[int, int]] = {
 }
 """(elements, bytes) of one block."""
 
+WRITABLE = (
+    GGMLType.F32,
+    GGMLType.F16,
+    GGMLType.BF16,
+    GGMLType.Q8_0,
+    GGMLType.Q4_0,
+    GGMLType.Q4_1,
+    GGMLType.TQ1_0,
+    GGMLType.TQ2_0,
+)
+"""The types that we also write (quantize.py)."""
+
 UNSUPPORTED_NAMES: dict[int, str] = {
     9: "Q8_1",
     10: "Q2_K",

@@ -10,14 +10,14 @@ from quant.digest import mapped_digest
 from quant.errors import ModelFileError
 from quant.formats import GGMLType
 from quant.gguf_config import read_architecture, read_config
+from quant.gguf_metadata import ROPE_FACTORS
 from quant.gguf_reader import GGUFTensorInfo, read_header
 from quant.mapping import MappedBytes, MappedFile
 from quant.model_types import ModelFile, Tensor, TokenizerSource
 from quant.tensor_rules import EMBEDDING, HEAD, check_tensors, is_query_or_key, layer_kind
 
-_ROPE_FACTORS = "rope_freqs.weight"
 _TOKENIZER_PREFIX = "tokenizer."
-_MAX_ROPE_FACTORS = 65536  # far above any head; bounds what is read before the configuration is known
+_MAXROPE_FACTORS = 65536  # far above any head; bounds what is read before the configuration is known
 
 
 def open_gguf(path: Path, *, digest_cache: Path | None = None) -> ModelFile:
@@ -80,12 +80,12 @@ def _open(mapping: MappedFile, path: Path, digest_cache: Path | None) -> ModelFi
 
 def _pop_rope_factors(mapping: MappedFile, infos: dict[str, GGUFTensorInfo]) -> tuple[float, ...] | None:
     """Llama 3's `rope_freqs.weight`: it divides the rotary frequencies. `check_config` checks number and values."""
-    info = infos.pop(_ROPE_FACTORS, None)
+    info = infos.pop(ROPE_FACTORS, None)
     if info is None:
         return None
-    if info.type is not GGMLType.F32 or len(info.shape) != 1 or info.shape[0] > _MAX_ROPE_FACTORS:
+    if info.type is not GGMLType.F32 or len(info.shape) != 1 or info.shape[0] > _MAXROPE_FACTORS:
         reason = f"{info.type.name} of shape {info.shape}; a short F32 vector is accepted"
-        raise ModelFileError(mapping.path, reason, tensor=_ROPE_FACTORS)
+        raise ModelFileError(mapping.path, reason, tensor=ROPE_FACTORS)
     factors: list[float] = MappedBytes(mapping, info.offset, info.num_bytes).read().view(np.float32).tolist()
     return tuple(factors)
 

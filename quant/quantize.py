@@ -6,7 +6,7 @@ Works on slices small enough for the L2 cache, in place, so that a large model i
 import numpy as np
 
 from quant import ternary
-from quant.formats import BLOCK, GGMLType, row_bytes
+from quant.formats import BLOCK, WRITABLE, GGMLType, row_bytes
 
 _SLICE_ELEMENTS = 65536  # 256 KiB of float32: two of these and the bytes fit a 1 MiB L2
 _BLOCK = 32
@@ -40,7 +40,7 @@ def dequantize(data: np.ndarray, type_: GGMLType) -> np.ndarray:
 
 
 def quantize(data: np.ndarray, source: GGMLType, target: GGMLType, *, absmean: np.float32 | None = None) -> np.ndarray:
-    """Bytes of rows, whole blocks of both types, to the bytes of a WRITABLE type.
+    """Bytes of rows, whole blocks of both types, to the bytes of a type in WRITABLE.
 
     `absmean`: for TQ1_0 and TQ2_0 the one scale of the tensor (ternary.py), else each block's largest magnitude is its.
     Raises ValueError for a value that is not finite or too large for the type or its f16 scale.
@@ -165,5 +165,4 @@ _QUANTIZERS = {
     GGMLType.Q4_0: _q4_0,
     GGMLType.Q4_1: _q4_1,
 }
-WRITABLE = (*_QUANTIZERS, *_TERNARY)
-"""The types that `quantize` makes."""
+assert {*_QUANTIZERS, *_TERNARY} == set(WRITABLE)

@@ -116,6 +116,11 @@ def known_names() -> frozenset[str]:
     return frozenset(_BY_NAME)
 
 
+def known_names_in_order() -> tuple[str, ...]:
+    """The same, the common name of a rule before its others."""
+    return tuple(_BY_NAME)
+
+
 def pre_tokenizer(name: str | None) -> PreTokenizer:
     """The rules of a `tokenizer.ggml.pre`; None (an old file without the key) is "default", as in llama.cpp."""
     rule = _BY_NAME.get("default" if name is None else name)

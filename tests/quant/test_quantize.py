@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from quant.formats import BLOCK, GGMLType
-from quant.quantize import WRITABLE, dequantize, quantize, to_float32
+from quant.formats import BLOCK, WRITABLE, GGMLType
+from quant.quantize import dequantize, quantize, to_float32
 from tests.tiny_models import bfloat16_bits, random_blocks
 
 TARGETS = [GGMLType.Q8_0, GGMLType.Q4_0, GGMLType.Q4_1]

@@ -13,7 +13,7 @@ from server import cli
 from server.config import DEFAULT_MODEL, Settings
 from server.models.catalog import load_catalog
 
-COMMANDS = ["serve", "generate", "bench", "models list", "models pull", "models path", "models inspect"]
+COMMANDS = ["serve", "generate", "quantize", "bench", "models list", "models pull", "models path", "models inspect"]
 KNOWN = ", ".join(cli.COMMANDS)
 
 
