@@ -20,6 +20,7 @@ COMMANDS = {
     "adapters": "import, compare, promote and roll back adapter versions",
     "traces": "list, show, export, import, judge and delete what was asked and answered",
     "keys": "create, list and revoke API keys",
+    "dataset": "make tool-calling dialogues to train on, and check them",
     "finetune": "learn from the log beside a running server; rounds and their reports",
     "quantize": "write a model as a GGUF file of another type",
     "bench": "measure the engine: prefill and decode",

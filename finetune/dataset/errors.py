@@ -24,3 +24,7 @@ class NothingToLearnError(FinetuneError):
         )
         self.num_kept = num_kept
         self.dropped = dict(dropped)
+
+
+class DialogueError(FinetuneError):
+    """Generated dialogues that cannot be made, or a file of them that is not what it should be."""

@@ -59,6 +59,12 @@ def digest_of(path: Path) -> Written:
     return Written(digest.hexdigest(), num_rows)
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @contextmanager
 def new_folder(root: Path) -> Iterator[Path]:
     """A partial folder, to be filled and then moved by `settle`; gone at the end if it was not."""

@@ -1,0 +1,118 @@
+"""`sterna dataset generate|report`: tool-calling dialogues to train on, made from a seed and checked.
+
+What makes and checks them is in finetune/dataset/dialogues, imported when it is needed; it takes no torch.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from server.commands.arguments import Parser
+from server.commands.table import print_table
+from server.commands.verbs import run_verb
+from server.errors import SternaError
+
+USAGE = """\
+usage: sterna dataset VERB ...
+
+  generate   tool-calling dialogues as JSON lines: training, validation and held-out parts
+  report     check a generated set: schemas, tool results, duplicates, balance, held-out parts; fails on a bad one
+
+example:
+  sterna dataset generate ./dialogues --templates 3000 --seed 0 && sterna dataset report ./dialogues
+"""
+
+
+class DatasetFault(SternaError):
+    """A named failure of the training room, or a set that does not pass."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    return run_verb("dataset", USAGE, {"generate": _generate, "report": _report}, arguments)
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "dataset generate",
+        "Tool-calling dialogues, five examples for each template. Equal options give equal bytes.",
+        "sterna dataset generate ./dialogues --templates 3000 --seed 0",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="to be made; it must not be there yet")
+    parser.add_argument(
+        "--templates", type=int, default=3000, metavar="N", help="templates of the training part [3000]"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another set [0]")
+    parser.add_argument("--thinking", action="store_true", help="say why in <think> before each call and answer")
+    parser.add_argument("--json", action="store_true", help="the manifest, as JSON")
+    options = parser.parse_args(arguments)
+    with _named_faults():
+        from finetune.dataset.dialogues.generate import Options, generate
+
+        wanted = Options(templates=options.templates, seed=options.seed, thinking=options.thinking)
+        with tqdm(total=sum(wanted.counts.values()), unit=" templates", disable=None) as bar:
+            manifest = generate(options.folder, wanted, on_template=lambda: bar.update() and None)
+    if options.json:
+        print(json.dumps(manifest))
+        return
+    print_table(("FILE", "ROWS"), [(name, f"{one['rows']:,}") for name, one in manifest["files"].items()])
+    print(f"{options.folder}: {manifest['digest']}")
+
+
+def _report(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "dataset report",
+        "Check a generated set. Exit code 1 when a check fails.",
+        "sterna dataset report ./dialogues --json",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="what `sterna dataset generate` made")
+    parser.add_argument("--json", action="store_true", help="every number, as JSON")
+    options = parser.parse_args(arguments)
+    with _named_faults():
+        from finetune.dataset.dialogues.quality import report
+
+        with tqdm(unit=" lines", disable=None) as bar:
+            found = report(options.folder, on_line=lambda: bar.update() and None)
+    body = found.body()
+    if options.json:
+        print(json.dumps(body))
+    else:
+        _print_tables(body)
+    if not found.ok:
+        failed = [check.name for check in found.checks if check.num_bad]
+        raise DatasetFault(f"{options.folder} is not fit to train on: {', '.join(failed)}")
+
+
+def _print_tables(body: dict) -> None:
+    parts = body["parts"]
+    print_table(
+        ("PART", "ROWS", "TEMPLATES", "FAMILIES", "TOOL USED", "NO TOOL", "TOOL ERROR", "MULTI TOOL", "P95 CHARACTERS"),
+        [
+            (name, f"{one['rows']:,}", f"{one['templates']:,}", len(one["families"]),
+             *(f"{one['kinds'].get(kind, 0) / one['rows']:.1%}" for kind in
+               ("tool_used", "no_tool", "tool_error", "multi_tool")),
+             one["request_characters"]["p95"])
+            for name, one in parts.items()
+        ],
+    )  # fmt: skip
+    print()
+    print_table(
+        ("CHECK", "", "DETAIL"),
+        [
+            (check["name"], "ok" if check["ok"] else f"{check['num_bad']:,} bad", check["detail"])
+            for check in body["checks"]
+        ],
+    )
+
+
+@contextmanager
+def _named_faults() -> Iterator[None]:
+    """The training room's failures as the server room's, which the command line knows."""
+    from finetune.errors import FinetuneError
+
+    try:
+        yield
+    except FinetuneError as error:
+        raise DatasetFault(str(error)) from error
