@@ -24,6 +24,7 @@ from finetune.dataset.errors import DialogueError
 from finetune.dataset.render import Renderer, chat_request
 from finetune.dataset.token_classes import ClassWeights
 from finetune.packed import Example
+from quant.gguf_metadata import BPEVocabulary
 from quant.model_types import TokenizerSource
 from server.text import pretokenizers
 from server.text.chat_template import ChatTemplate
@@ -51,21 +52,22 @@ class SmallVocabulary:
     tokens: tuple[str, ...]
     merges: tuple[str, ...]
 
+    def described(self) -> BPEVocabulary:
+        """As our GGUF writer takes it."""
+        return BPEVocabulary(
+            tokens=list(self.tokens),
+            merges=list(self.merges),
+            token_types=[int(_TYPES.get(token, TokenKind.NORMAL)) for token in self.tokens],
+            pre=PRE,
+            bos_id=_SPECIAL.index("<|im_start|>"),
+            eos_id=_SPECIAL.index("<|im_end|>"),
+            padding_id=_SPECIAL.index("<|endoftext|>"),
+            chat_template=chat_template(),
+        )
+
     def metadata(self) -> dict[str, Any]:
         """Every `tokenizer.*` key of a GGUF file, without that prefix, as `TokenizerSource` has them."""
-        ids = {token: number for number, token in enumerate(self.tokens)}
-        return {
-            "ggml.model": "gpt2",
-            "ggml.pre": PRE,
-            "ggml.tokens": list(self.tokens),
-            "ggml.token_type": [int(_TYPES.get(token, TokenKind.NORMAL)) for token in self.tokens],
-            "ggml.merges": list(self.merges),
-            "ggml.bos_token_id": ids["<|im_start|>"],
-            "ggml.eos_token_id": ids["<|im_end|>"],
-            "ggml.padding_token_id": ids["<|endoftext|>"],
-            "ggml.add_bos_token": False,
-            "chat_template": chat_template(),
-        }
+        return {key.removeprefix("tokenizer."): value for key, value in self.described().metadata().items()}
 
     def renderer(self, base_digest: str = "") -> Renderer:
         """The server's own template and tokenizer code over this vocabulary."""
