@@ -42,6 +42,9 @@ BLOCK: dict[GGMLType, tuple[int, int]] = {
 }
 """(elements, bytes) of one block."""
 
+I2_S = 36
+"""bitnet.cpp's ternary type: read, and served as another one (bitnet_import.py). No type of ggml's has this number."""
+
 WRITABLE = (
     GGMLType.F32,
     GGMLType.F16,

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from quant.bitnet_import import I2STensor
 from quant.digest import mapped_digest
 from quant.errors import ModelFileError
 from quant.formats import GGMLType
@@ -13,7 +14,7 @@ from quant.gguf_config import read_architecture, read_config
 from quant.gguf_metadata import ROPE_FACTORS
 from quant.gguf_reader import GGUFTensorInfo, read_header
 from quant.mapping import MappedBytes, MappedFile
-from quant.model_types import ModelFile, Tensor, TokenizerSource
+from quant.model_types import ModelFile, Tensor, TensorData, TokenizerSource
 from quant.tensor_rules import EMBEDDING, HEAD, check_tensors, is_query_or_key, layer_kind
 
 _TOKENIZER_PREFIX = "tokenizer."
@@ -58,7 +59,7 @@ def _open(mapping: MappedFile, path: Path, digest_cache: Path | None) -> ModelFi
             info.type,
             info.shape,
             rope_interleaved=interleaved and is_query_or_key(name),
-            data=MappedBytes(mapping, info.offset, info.num_bytes),
+            data=_data(mapping, info),
         )
         for name, info in infos.items()
     }
@@ -76,6 +77,11 @@ def _open(mapping: MappedFile, path: Path, digest_cache: Path | None) -> ModelFi
         mappings=(mapping,),
         compute_digest=lambda: f"sha256:{mapped_digest(mapping, digest_cache)}",
     )
+
+
+def _data(mapping: MappedFile, info: GGUFTensorInfo) -> TensorData:
+    data = MappedBytes(mapping, info.offset, info.num_bytes)
+    return I2STensor(info.name, info.shape, data) if info.is_i2_s else data
 
 
 def _pop_rope_factors(mapping: MappedFile, infos: dict[str, GGUFTensorInfo]) -> tuple[float, ...] | None:

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from quant.bitnet_import import i2_s_bytes, served_type
 from quant.errors import ModelFileError
-from quant.formats import BLOCK, UNSUPPORTED_NAMES, GGMLType
+from quant.formats import BLOCK, I2_S, UNSUPPORTED_NAMES, GGMLType
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -52,6 +53,8 @@ class GGUFTensorInfo:
     shape: tuple[int, ...]
     offset: int
     num_bytes: int
+    is_i2_s: bool = False
+    """The bytes are I2_S, `type` is what they are served as (bitnet_import.py)."""
 
 
 @dataclass(frozen=True)
@@ -224,20 +227,9 @@ class _Reader:
     def _place(
         self, name: str, raw_type: int, dimensions: list[int], offset: int, data_start: int, alignment: int
     ) -> GGUFTensorInfo:
-        try:
-            type_ = GGMLType(raw_type)
-        except ValueError:
-            known = ", ".join(member.name for member in GGMLType)
-            label = UNSUPPORTED_NAMES.get(raw_type, str(raw_type))
-            raise self._error(f"tensor type {label} is not supported (accepted: {known})") from None
-        elements, block_bytes = BLOCK[type_]
         if min(dimensions) == 0:
             raise self._error(f"a dimension is 0: {dimensions}")
-        if dimensions[0] % elements:
-            raise self._error(
-                f"rows of {dimensions[0]} values are not a multiple of {type_.name}'s block of {elements}"
-            )
-        num_bytes = math.prod(dimensions) // elements * block_bytes
+        type_, num_bytes = self._type_and_size(raw_type, dimensions)
         if offset % alignment:
             raise self._error(f"its offset {offset} is not a multiple of the alignment {alignment}")
         start = data_start + offset
@@ -246,7 +238,26 @@ class _Reader:
                 f"truncated: its {num_bytes} bytes at {start} end behind the file's end at {self._size}"
                 f" ({type_.name}, dimensions {dimensions})"
             )
-        return GGUFTensorInfo(name, type_, tuple(reversed(dimensions)), start, num_bytes)
+        return GGUFTensorInfo(name, type_, tuple(reversed(dimensions)), start, num_bytes, raw_type == I2_S)
+
+    def _type_and_size(self, raw_type: int, dimensions: list[int]) -> tuple[GGMLType, int]:
+        if raw_type == I2_S and len(dimensions) == 2:
+            try:
+                return served_type(dimensions[0]), i2_s_bytes(math.prod(dimensions))
+            except ValueError as error:
+                raise self._error(str(error)) from error
+        try:
+            type_ = GGMLType(raw_type)
+        except ValueError:
+            known = ", ".join([*(member.name for member in GGMLType), "I2_S matrices"])
+            label = UNSUPPORTED_NAMES.get(raw_type, str(raw_type))
+            raise self._error(f"tensor type {label} is not supported (accepted: {known})") from None
+        elements, block_bytes = BLOCK[type_]
+        if dimensions[0] % elements:
+            raise self._error(
+                f"rows of {dimensions[0]} values are not a multiple of {type_.name}'s block of {elements}"
+            )
+        return type_, math.prod(dimensions) // elements * block_bytes
 
     def _check_overlaps(self, tensors: dict[str, GGUFTensorInfo]) -> None:
         last: GGUFTensorInfo | None = None

@@ -1,7 +1,8 @@
 """Open a Hugging Face directory as a model: config.json, *.safetensors (one, or several with an index), tokenizer.
 
 Tensors get their GGUF names; Q and K rows stay in half-split order. With `quantize`, linear weights and the embedding
-become Q8_0 or Q4_0 when they are read; norms and biases stay as they are. Pickle files (.bin) are refused.
+become Q8_0 or Q4_0 when they are read; norms and biases stay as they are. Weights that are quantized already become
+what `hf_quantized.py` makes of them. Pickle files (.bin) are refused.
 """
 
 import json
@@ -18,10 +19,11 @@ from quant.errors import ModelFileError
 from quant.formats import BLOCK, GGMLType
 from quant.hf_config import read_config
 from quant.hf_names import IGNORED_SUFFIXES, gguf_name, hf_name
+from quant.hf_quantized import Packed, Scheme, gather, read_scheme
 from quant.mapping import MappedFile
 from quant.model_types import ModelFile, Quantize, Tensor, TokenizerSource
 from quant.quantize import quantize as quantize_rows
-from quant.safetensors_reader import SafeTensor, read_tensors
+from quant.safetensors_reader import ByteTensor, SafeTensor, read_packed_tensors
 from quant.tensor_rules import EMBEDDING, HEAD, check_tensors
 
 _INDEX = "model.safetensors.index.json"
@@ -51,10 +53,13 @@ class _Quantized:
 def open_directory(path: Path, *, quantize: Quantize | None = None, digest_cache: Path | None = None) -> ModelFile:
     """Map and check a directory; reads no weights. Raises ModelFileError."""
     config_path = path / "config.json"
-    config, notes = read_config(config_path, _read_object(config_path), path.resolve().name)
+    values = _read_object(config_path)
+    scheme = read_scheme(config_path, values.pop("quantization_config", None))
+    config, notes = read_config(config_path, values, path.resolve().name)
+    target = _TARGETS[quantize] if quantize else None
     mappings: list[MappedFile] = []
     try:
-        found = _find_tensors(path, mappings)
+        found, packed_notes = _find_tensors(path, scheme, target, mappings)
         if config.tie_embeddings and HEAD in found:
             _check_equal(path, found.pop(HEAD), found.get(EMBEDDING))
         check_tensors(path, config, {name: (t.type, t.shape) for name, t in found.items()}, display=hf_name)
@@ -63,12 +68,13 @@ def open_directory(path: Path, *, quantize: Quantize | None = None, digest_cache
         for mapping in mappings:
             mapping.close()
         raise
-    target = _TARGETS[quantize] if quantize else None
     tensors = {name: _tensor(name, source, target) for name, source in found.items()}
-    kept = [name for name, t in tensors.items() if target and len(t.shape) == 2 and t.type is not target]
+    floats = {name: tensor for name, tensor in tensors.items() if isinstance(found[name], SafeTensor)}
+    kept = [name for name, t in floats.items() if target and len(t.shape) == 2 and t.type is not target]
     if kept:
         note = f"{len(kept)} tensors whose rows are no multiple of {BLOCK[GGMLType.Q8_0][0]} stay as they are: "
         notes += (note + ", ".join(kept[:3]) + (", ..." if len(kept) > 3 else ""),)
+    notes += packed_notes
     others = [path / name for name in _DIGESTED if (path / name).is_file()]
     return ModelFile(
         path=path,
@@ -81,8 +87,8 @@ def open_directory(path: Path, *, quantize: Quantize | None = None, digest_cache
     )
 
 
-def _tensor(name: str, source: SafeTensor, target: GGMLType | None) -> Tensor:
-    if target is None or len(source.shape) != 2 or source.shape[1] % BLOCK[target][0]:
+def _tensor(name: str, source: SafeTensor | Packed, target: GGMLType | None) -> Tensor:
+    if target is None or isinstance(source, Packed) or len(source.shape) != 2 or source.shape[1] % BLOCK[target][0]:
         return Tensor(name, source.type, source.shape, rope_interleaved=False, data=source.data)
     data = _Quantized(hf_name(name), source, target)
     return Tensor(name, target, source.shape, rope_interleaved=False, data=data)
@@ -109,28 +115,34 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _find_tensors(path: Path, mappings: list[MappedFile]) -> dict[str, SafeTensor]:
-    """Tensors by GGUF name; `mappings` gets the files, also when this fails half-way."""
+def _find_tensors(
+    path: Path, scheme: Scheme, target: GGMLType | None, mappings: list[MappedFile]
+) -> tuple[dict[str, SafeTensor | Packed], tuple[str, ...]]:
+    """Weights by GGUF name, and notes; `mappings` gets the files, also when this fails half-way."""
     files, weight_map = _weight_files(path)
-    found: dict[str, SafeTensor] = {}
+    raw: dict[str, SafeTensor | ByteTensor] = {}
     for file in files:
         mapping = MappedFile(file)
         mappings.append(mapping)
-        for name, tensor in read_tensors(mapping).items():
+        for name, tensor in read_packed_tensors(mapping).items():
             if name.endswith(IGNORED_SUFFIXES):
                 continue
             if weight_map is not None and weight_map.get(name) != file.name:
                 raise ModelFileError(file, f"{_INDEX} does not place it in this file", tensor=name)
-            translated = gguf_name(name)
-            if translated is None:
-                raise ModelFileError(file, "a tensor that these architectures do not have", tensor=name)
-            if translated in found:
+            if name in raw:
                 raise ModelFileError(file, "the tensor occurs twice", tensor=name)
-            found[translated] = tensor
+            raw[name] = tensor
     for name, file_name in (weight_map or {}).items():
-        if not name.endswith(IGNORED_SUFFIXES) and gguf_name(name) not in found:
+        if not name.endswith(IGNORED_SUFFIXES) and name not in raw:
             raise ModelFileError(path / file_name, f"the tensor that {_INDEX} places here is missing", tensor=name)
-    return found
+    whole, notes = gather(scheme, raw, target)
+    found: dict[str, SafeTensor | Packed] = {}
+    for name, weight in whole.items():
+        translated = gguf_name(name)
+        if translated is None:
+            raise ModelFileError(raw[name].data.file.path, "a tensor that these architectures do not have", tensor=name)
+        found[translated] = weight
+    return found, notes
 
 
 def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
@@ -154,7 +166,7 @@ def _weight_files(path: Path) -> tuple[list[Path], Mapping[str, str] | None]:
     raise ModelFileError(path, "no *.safetensors file")
 
 
-def _check_equal(path: Path, head: SafeTensor, embedding: SafeTensor | None) -> None:
+def _check_equal(path: Path, head: SafeTensor | Packed, embedding: SafeTensor | Packed | None) -> None:
     """tie_word_embeddings with a head in the file as well: fine if it is the embedding once more."""
     if embedding is None or head.type is not embedding.type or head.shape != embedding.shape:
         equal = False

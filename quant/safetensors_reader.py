@@ -26,6 +26,14 @@ class SafeTensor:
     data: MappedBytes
 
 
+@dataclass(frozen=True)
+class ByteTensor:
+    """Packed values (dtype U8): the shape and the mapped bytes."""
+
+    shape: tuple[int, ...]
+    data: MappedBytes
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
@@ -34,7 +42,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_tensors(file: MappedFile) -> dict[str, SafeTensor]:
-    """Every tensor of a file. Raises ModelFileError."""
+    """Every tensor of a file of floats. Raises ModelFileError."""
+    tensors: dict[str, SafeTensor] = {}
+    for name, tensor in read_packed_tensors(file).items():
+        if isinstance(tensor, ByteTensor):
+            raise ModelFileError(file.path, "dtype 'U8' is not supported (accepted: F32, F16, BF16)", tensor=name)
+        tensors[name] = tensor
+    return tensors
+
+
+def read_packed_tensors(file: MappedFile) -> dict[str, SafeTensor | ByteTensor]:
+    """Every tensor of a file that may hold packed ones too. Raises ModelFileError."""
     if file.size < 8:
         raise ModelFileError(file.path, f"truncated: {file.size} bytes are no safetensors file")
     length = int.from_bytes(file.data[:8], "little")
@@ -47,7 +65,7 @@ def read_tensors(file: MappedFile) -> dict[str, SafeTensor]:
     if not isinstance(header, dict):
         raise ModelFileError(file.path, "the header is not a JSON object")
     header.pop("__metadata__", None)
-    tensors: dict[str, SafeTensor] = {}
+    tensors: dict[str, SafeTensor | ByteTensor] = {}
     spans: list[tuple[int, int, str]] = []
     for name, entry in header.items():
         begin, end = _span(file, name, entry)
@@ -74,16 +92,17 @@ def _span(file: MappedFile, name: str, entry: Any) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _tensor(file: MappedFile, name: str, entry: dict[str, Any], offset: int, num_bytes: int) -> SafeTensor:
+def _tensor(file: MappedFile, name: str, entry: dict[str, Any], offset: int, num_bytes: int) -> SafeTensor | ByteTensor:
     shape, dtype = entry.get("shape"), entry.get("dtype")
     if not isinstance(shape, list) or not all(map(_is_size, shape)):
         raise ModelFileError(file.path, "the header's entry has no valid shape", tensor=name)
     type_ = _TYPES.get(dtype) if isinstance(dtype, str) else None
-    if type_ is None:
+    if type_ is None and dtype != "U8":
         raise ModelFileError(file.path, f"dtype {dtype!r} is not supported (accepted: F32, F16, BF16)", tensor=name)
-    expected = math.prod(shape) * BLOCK[type_][1]
+    expected = math.prod(shape) * (BLOCK[type_][1] if type_ is not None else 1)
     if num_bytes != expected:
         raise ModelFileError(file.path, f"{num_bytes} bytes for {dtype} of shape {shape}: {expected}", tensor=name)
     if offset + num_bytes > file.size:
         raise ModelFileError(file.path, f"truncated: its bytes end behind the file's end at {file.size}", tensor=name)
-    return SafeTensor(type_, tuple(shape), MappedBytes(file, offset, num_bytes))
+    data = MappedBytes(file, offset, num_bytes)
+    return ByteTensor(tuple(shape), data) if type_ is None else SafeTensor(type_, tuple(shape), data)
