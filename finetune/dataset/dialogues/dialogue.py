@@ -24,6 +24,8 @@ MAX_TRIES = 60
 MAX_OFFERED = 4
 _NUM_OFFERED = (1, 2, 2, 3, 3, 3, 4, 4)
 SYSTEM_SHARE = 0.25
+NO_TOOLS_SHARE = 0.1
+"""Of the questions that are nobody's tool's business: asked with no tools offered at all, as ordinary chat is."""
 _SYSTEMS = ("You are a helpful assistant.", "You help the people of <place>.", "Answer in one short sentence.",
             "You are the assistant of <place>. Use a tool only when it is needed.", "Be brief and exact.",
             "You work with <person>. Be friendly.")  # fmt: skip
@@ -85,7 +87,9 @@ def _run(steps: Sequence[Step], slots: Slots, *, refused: bool) -> tuple[list[di
     contents: list[str] = []
     results: list[Any] = []
     for step in steps:
-        arguments = {name: _value(value, slots, results) for name, value in step.arguments.items()}
+        # In the schema's order, which is also the one that a constrained answer is held to.
+        order = [name for name in TOOLS[step.tool].parameters["properties"] if name in step.arguments]
+        arguments = {name: _value(step.arguments[name], slots, results) for name in order}
         content = run_tool(TOOLS[step.tool], arguments)
         answer = json.loads(content)
         if ("error" in answer) != refused:
@@ -114,6 +118,8 @@ def _has_long_value(calls: Sequence[Mapping[str, Any]]) -> bool:
 def _offered(subject: Subject, part: str, dice: Dice) -> list[dict[str, Any]]:
     """The tools that it takes and others, in any order; half of the others are of the same kind."""
     wanted = sorted(subject.offered)
+    if subject.reason == "own" and not wanted and dice.chance(NO_TOOLS_SHARE):
+        return []
     count = max(len(wanted), dice.pick(_NUM_OFFERED))
     others = [name for name in SEEN if name not in wanted and name not in subject.not_offered]
     alike = [name for name in others if any(TOOLS[name].category == TOOLS[one].category for one in wanted)]

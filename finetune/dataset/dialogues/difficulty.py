@@ -28,7 +28,7 @@ def difficulty(
     copied = sum(len(str(value)) for call in calls for value in call["arguments"].values())
     parts = (
         (0.40, decision),
-        (0.20, (len(tools) - 1) / (_MAX_TOOLS - 1)),
+        (0.20, (len(tools) - 1) / (_MAX_TOOLS - 1)),  # none is as easy as one
         (0.25, copied / _MANY_CHARACTERS),
         (0.15, len(request) / _LONG_REQUEST),
     )

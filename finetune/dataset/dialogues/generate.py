@@ -33,7 +33,7 @@ from finetune.dataset.jsonl import write_file
 FORMAT = 1
 MANIFEST = "manifest.json"
 FILES = ("train.jsonl", "validation.jsonl", "held_out.jsonl")
-MIN_TEMPLATES = 60
+MIN_TEMPLATES = 100
 """Fewer do not hold every tool once."""
 
 

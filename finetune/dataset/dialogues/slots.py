@@ -52,9 +52,9 @@ def _combinations(drawer: Drawer, fixed: Fixed) -> Slots:
 
 
 def _round(drawer: Drawer, fixed: Fixed) -> Slots:
-    places = drawer.dice.between(3, 6)
+    places = drawer.dice.between(4, 6)
     value = drawer.fit(lambda: drawer.fraction(0, 900, places))
-    return {"value": value, "decimals": drawer.integer(2, 4)}
+    return {"value": value, "decimals": drawer.integer(2, places - 2)}
 
 
 def _area(drawer: Drawer, fixed: Fixed) -> Slots:

@@ -89,9 +89,16 @@ def mixed(shares: Mapping[str, float], count: int) -> list[str]:
 def _group(part: Part, kind: Kind, turn: int) -> str:
     if kind == "no_tool":
         return _question_cycle()[turn % len(_question_cycle())]
-    tools = UNSEEN if part == "unseen_tools" else SEEN
-    groups = [group for one, group in _by_group() if one == kind and (group in tools or kind == "multi_tool")]
+    groups = _groups(kind, part == "unseen_tools")
     return groups[turn % len(groups)]
+
+
+@cache
+def _groups(kind: Kind, unseen: bool) -> list[str]:
+    """In an order that mixes the categories, so that the first few templates have all of them."""
+    tools = UNSEEN if unseen else SEEN
+    groups = [group for one, group in _by_group() if one == kind and (group in tools or kind == "multi_tool")]
+    return Dice("groups", kind).shuffled(groups)
 
 
 @cache

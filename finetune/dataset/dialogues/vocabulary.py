@@ -150,5 +150,5 @@ def _example(
         token_ids=np.array([*rendered.prompt_ids, *rendered.answer_ids], np.int32),
         weights=np.concatenate([np.zeros(len(rendered.prompt_ids), np.float32), answer]).astype(np.float32),
         cluster=dialogue.template,
-        is_call=bool(message.get("tool_calls")),
+        is_call=bool(message.get("tool_calls")) if dialogue.tools else None,
     )

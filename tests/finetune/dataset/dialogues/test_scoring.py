@@ -1,0 +1,67 @@
+"""Scores: right answers get all of them, and each baseline reaches what its rule allows and no more."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.dataset.dialogues.baselines import NearestTemplate, always_call, call_message, never_call
+from finetune.dataset.dialogues.examples import Dialogue, read_dialogues, turns
+from finetune.dataset.dialogues.scoring import (
+    METRICS,
+    NO_CALL,
+    RIGHT_ARGUMENTS,
+    RIGHT_TOOL,
+    STOPS,
+    WELL_FORMED,
+    judge,
+    score,
+)
+from finetune.dataset.dialogues.scoring import body as scores_body
+
+
+@pytest.fixture(scope="module")
+def held_out(tiny: Path) -> list[Dialogue]:
+    return list(read_dialogues(tiny / "held_out.jsonl"))
+
+
+def test_right_answers_score_one(held_out: list[Dialogue]) -> None:
+    scores = score(held_out, lambda turn: turn.message)
+    assert {"families", "unseen_tools", "fresh_values", "families/no_tool"} <= set(scores)
+    assert [share.value for share in scores["families"].values()] == [1.0] * len(METRICS)
+    assert scores["unseen_tools"][NO_CALL].value is None
+    num_calls = sum(len(one.expected) for one in held_out if one.part == "families")
+    assert scores["families"][RIGHT_TOOL].num == num_calls
+    assert scores_body(scores)["families"][RIGHT_TOOL] == {"share": 1.0, "num": num_calls}
+
+
+def test_never_and_always_calling_win_one_side_each(held_out: list[Dialogue]) -> None:
+    never, always = score(held_out, never_call)["families"], score(held_out, always_call)["families"]
+    assert (never[NO_CALL].value, never[STOPS].value, never[RIGHT_TOOL].value, never[WELL_FORMED].value) == (1, 1, 0, 0)
+    assert always[STOPS].value == 0
+    for metric in (RIGHT_TOOL, RIGHT_ARGUMENTS, WELL_FORMED):
+        assert 0.1 < (always[metric].value or 0) < 0.95
+
+
+def test_the_nearest_example_is_found_and_its_call_copied(tiny: Path, held_out: list[Dialogue]) -> None:
+    training = list(read_dialogues(tiny / "train.jsonl"))
+    nearest = NearestTemplate(training)
+    on_training = score(training, nearest)["train"]
+    assert (on_training[RIGHT_TOOL].value or 0) > 0.98  # itself, but where two say the same words
+    assert (on_training[STOPS].value or 0) > 0.98
+    apart = score(held_out, nearest)["families"]
+    assert (apart[RIGHT_ARGUMENTS].value or 0) < 0.2 < (apart[RIGHT_TOOL].value or 0) + 0.2
+
+
+def test_a_call_is_judged_by_tool_arguments_and_form(held_out: list[Dialogue]) -> None:
+    one = next(one for one in held_out if one.kind == "tool_used" and one.expected[0]["name"] == "percent_of")
+    turn = turns(one)[0]
+    arguments = dict(one.expected[0]["arguments"])
+    assert judge(turn, call_message("percent_of", arguments)) == _all(True, True, True)
+    assert judge(turn, call_message("percent_of", {**arguments, "percent": 99.5})) == _all(True, False, True)
+    assert judge(turn, call_message("percent_of", {"percent": 5})) == _all(True, False, False)
+    assert judge(turn, call_message("no_such_tool", {})) == _all(False, False, False)
+    assert judge(turn, {"role": "assistant", "content": '<tool_call>{"name": '}) == _all(False, False, False)
+
+
+def _all(tool: bool, arguments: bool, form: bool) -> dict[str, bool]:
+    return {RIGHT_TOOL: tool, RIGHT_ARGUMENTS: arguments, WELL_FORMED: form}
