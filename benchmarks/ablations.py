@@ -31,9 +31,9 @@ from finetune.model.allocator import keep_freed_memory
 from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
 from finetune.packed import Example
-from finetune.rounds.adapter import Adapter, Keyed
+from finetune.rounds.adapter import Adapter
 from finetune.rounds.references import reference_margins
-from finetune.rounds.training import answer_losses, round_steps, train_settings
+from finetune.rounds.training import answer_losses, micro_batches, round_steps, train_settings
 from finetune.train.loop import train
 from server.config import DEFAULT_MODEL, Settings
 from server.machine import physical_cores
@@ -102,7 +102,7 @@ def run(snapshot: Snapshot, model: Path, own: FinetuneSettings) -> Scores:
             steps = round_steps(lessons, references, own)
             train(
                 Adapter(trained),
-                lambda step: [Keyed(one, own.seed + 1_000_003 * step + n) for n, one in enumerate(steps(step))],
+                lambda step: micro_batches(steps(step), own, step),
                 train_settings(own, steps.num_steps),
                 Path(folder) / "checkpoints",
                 identity={},

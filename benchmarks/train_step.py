@@ -31,26 +31,31 @@ from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
 from finetune.model.peft import export_peft, import_peft
 from finetune.packed import Example, Packed
+from finetune.rounds.adapter import NUM_SIDES, Adapter, Keyed, side_by_side
 from quant.model_types import ModelConfig
 from server.config import DEFAULT_MODEL, Settings
 from server.models.catalog import resolve_model
 
 SPEC = LoraSpec(rank=16, alpha=32.0)
 LEARNING_RATE = 1e-4
-MAX_TOKENS = 2048
-"""Rows of one of our micro-batches."""
+MAX_ROWS = {"full": 1024, "traces": 1024, "agent": 2048}
+"""Computed at once. A round takes 1,024, or as many as a longer prompt and what follows it need."""
 TARGETS = {"full": 1.6, "traces": 3.0, "agent": 5.0}
 MEMORY_TARGET = 0.30
 WARM_UP = 1
 
 
-def micro_batches(step: list) -> list[Packed]:
+def micro_batches(step: list, max_rows: int) -> list[Packed]:
+    """As a round has them (finetune/rounds/steps.py)."""
     examples = []
     for number, (ids, first_loss) in enumerate(step):
         weights = np.zeros(len(ids), np.float32)
         weights[first_loss:] = 1
         examples.append(Example(str(number), np.array(ids, np.int32), weights, str(number)))
-    return pack(examples, MAX_TOKENS, seed=0, epoch=0)
+    half = max_rows // NUM_SIDES
+    short, long = ([one for one in examples if (len(one.token_ids) > half) == is_long] for is_long in (False, True))
+    packed = pack(short, half, seed=0, epoch=0)
+    return packed + (pack(long, max(len(one.token_ids) for one in long) + half, seed=0, epoch=0) if long else [])
 
 
 def ours(task: dict[str, Any], threads: int) -> dict[str, Any]:
@@ -58,17 +63,15 @@ def ours(task: dict[str, Any], threads: int) -> dict[str, Any]:
     keep_freed_memory()
     model = TrainModel.open(task["model"], SPEC)
     import_peft(model, task["adapter"])
+    adapter = Adapter(model)
     optimizer = torch.optim.AdamW(model.parameters().values(), lr=LEARNING_RATE)
     seconds, losses = [], []
     for step in task["steps"]:
-        parts = micro_batches(step)
+        parts = [Keyed(part, number) for number, part in enumerate(micro_batches(step, task["max_rows"]))]
         start = time.perf_counter()
-        normalizer = float(sum(part.loss_weights.sum() for part in parts))
-        loss = 0.0
-        for part in parts:
-            own = model.loss(part, normalizer)
-            own.backward()
-            loss += own.ce_sum / normalizer
+        batches = side_by_side(parts, task["max_rows"])
+        normalizer = sum(adapter.weight_of(batch) for batch in batches)
+        loss = sum(adapter.backward(batch, normalizer) for batch in batches)
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
@@ -96,19 +99,21 @@ def _timed(run: Any) -> float:
     return time.perf_counter() - start
 
 
-def floor_flops(config: ModelConfig, step: list) -> float:
+def floor_flops(config: ModelConfig, step: list, max_rows: int) -> float:
     """4 x parameters for every row that is laid out, the head only for rows with loss."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp = 3 * config.hidden_size * config.intermediate_size
     layers = config.num_layers * (config.hidden_size * (2 * queries + 2 * keys) + mlp)
     head = config.vocab_size * config.hidden_size
-    parts = micro_batches(step)
+    parts = micro_batches(step, max_rows)
     rows, with_loss = sum(len(p.token_ids) for p in parts), sum(len(np.unique(p.loss_rows)) for p in parts)
     return 4.0 * (layers * rows + head * with_loss)
 
 
 def run_worker(command: list[str | Path]) -> dict[str, Any]:
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{Path(command[1]).name} failed: {done.stderr.strip()[-600:]}")
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
 
@@ -120,9 +125,15 @@ def measure(kind: str, path: Path, folder: Path, args: argparse.Namespace) -> di
     config = model.config
     model.close()
     steps = make_steps(kind, path, args.cache, num_steps=WARM_UP + args.steps)
-    task = {"model": str(path), "directory": str(folder / "directory"), "adapter": str(folder / "adapter")}
+    task = {
+        "max_rows": MAX_ROWS[kind],
+        "learning_rate": LEARNING_RATE,
+        "model": str(path),
+        "directory": str(folder / "directory"),
+        "adapter": str(folder / "adapter"),
+    }
     file = folder / "task.json"
-    file.write_text(json.dumps(task | {"steps": steps, "learning_rate": LEARNING_RATE}))
+    file.write_text(json.dumps(task | {"steps": steps}))
     peer = Path(__file__).parent / "peers" / "peft_step.py"
     own_command = [sys.executable, "-m", "benchmarks.train_step", "--worker", str(file), "--threads", str(args.threads)]
     runs = []
@@ -131,7 +142,7 @@ def measure(kind: str, path: Path, folder: Path, args: argparse.Namespace) -> di
         runs.append((run_worker(own_command), run_worker([sys.executable, peer, file, str(args.threads)])))
     timed = steps[WARM_UP:]
     tokens = sum(len(ids) for step in timed for ids, _ in step)
-    flops = sum(floor_flops(config, step) for step in timed)
+    flops = sum(floor_flops(config, step, MAX_ROWS[kind]) for step in timed)
     return summary(kind, runs, tokens, flops)
 
 

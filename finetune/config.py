@@ -73,7 +73,8 @@ class FinetuneSettings(BaseModel):
     max_steps: Count | None = Field(None, description="optimizer steps at most [as the epochs say]")
     tokens_per_step: Count = Field(2048, description="real tokens of an optimizer step, about")
     micro_batch_tokens: Count = Field(
-        1024, description="rows computed at once (a longer example alone); training pauses between them"
+        1024,
+        description="rows computed at once, in two halves; training pauses between them (a longer example: alone)",
     )
     structure_weight: Positive = Field(1.0, description="loss weight of a call's braces, quotes and markers")
     tool_name_weight: Positive = Field(1.0, description="loss weight of tools' names")

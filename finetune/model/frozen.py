@@ -6,6 +6,7 @@ model's layers (106 million weights, Q4_1) unpack in 25 ms on two Zen 4 cores, 2
 Not covered: what the formats mean (blocks.py), which matrices a layer has (weights.py).
 """
 
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,8 +36,9 @@ class FrozenMatrix(Protocol):
     def num_bytes(self) -> int: ...
 
 
-class Scratch:
-    """Buffers that unpacking reuses: one uint8 and one float32 for each element of the largest matrix."""
+class Scratch(threading.local):
+    """Buffers that unpacking reuses: one uint8 and one float32 for each element of the largest matrix. Every thread
+    that computes has its own."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

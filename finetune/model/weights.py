@@ -1,11 +1,14 @@
 """The frozen base of a training model, straight from the served file: per layer four matrices, its norms and biases.
 
-Q, K and V are one matrix, and so are gate and up. A matrix is unpacked into ONE buffer whenever a pass asks for it, or
-once for good where `cache` is chosen. Rows of Q and K come out in half-split order, as adapters have them. The output
-head is kept in the compute type (57 MB for the default model in bf16): every micro-batch runs it over several chunks.
+Q, K and V are one matrix, and so are gate and up. A matrix is unpacked into ONE buffer (of each thread) whenever a pass
+asks for it, or once for good where `cache` is chosen. Rows of Q and K come out in half-split order, as adapters have
+them. The output head is kept in the compute type (57 MB for the default model in bf16): every micro-batch runs it over
+several chunks.
 Not covered: LoRA (lora.py), what one format's bits mean (blocks.py).
 """
 
+import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -40,6 +43,20 @@ class FrozenLayer:
     k_norm: torch.Tensor | None
 
 
+class _Buffer(threading.local):
+    """Where one group at a time is unpacked to: every thread that computes has its own."""
+
+    def __init__(self, num_elements: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._values = torch.empty(num_elements, dtype=dtype, device=device)
+
+    def view(self, shape: tuple[int, int]) -> torch.Tensor:
+        return self._values[: shape[0] * shape[1]].view(shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._values.numel() * self._values.element_size()
+
+
 class FrozenWeights:
     """Reads the file once; keeps the file's own bits of every layer, and embedding rows on demand."""
 
@@ -50,7 +67,7 @@ class FrozenWeights:
         self._device = device
         self._tensors = file.tensors
         self._scratch = Scratch(device)
-        self._buffer = torch.empty(0, dtype=dtype, device=device)
+        self._buffer = _Buffer(0 if cache else _largest_group(file), dtype, device)
         self._matrices: list[FrozenMatrix] = []
         self._cached: list[torch.Tensor] = []
         self.layers = [self._layer(index, cache) for index in range(file.config.num_layers)]
@@ -59,7 +76,6 @@ class FrozenWeights:
         for tensor in file.tensors.values():  # once more: reading one maps pages of its neighbours, 31 MB in all
             tensor.release()
         if cache:
-            self._buffer = torch.empty(0, dtype=dtype, device=device)
             self._scratch.clear()
 
     def embed(self, token_ids: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
@@ -72,9 +88,13 @@ class FrozenWeights:
     @property
     def num_bytes(self) -> int:
         """Held in memory: packed or cached layers, buffers, head. Mapped pages of the file are not counted."""
-        tensors = (*self._cached, self._buffer, self.head)
-        dense = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        return dense + self._scratch.num_bytes + sum(matrix.num_bytes for matrix in self._matrices)
+        dense = sum(tensor.numel() * tensor.element_size() for tensor in (*self._cached, self.head))
+        return (
+            dense
+            + self._buffer.num_bytes
+            + self._scratch.num_bytes
+            + sum(matrix.num_bytes for matrix in self._matrices)
+        )
 
     def dense_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every tensor by its GGUF name, Q and K in half-split order; each is valid until the next one is asked for."""
@@ -110,14 +130,12 @@ class FrozenWeights:
         tensors = [self._tensors[f"blk.{index}.{kind}.weight"] for kind in kinds]
         parts = [freeze(tensor, self._row_order(tensor), self._scratch, self._device) for tensor in tensors]
         shape = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        if self._buffer.numel() < shape[0] * shape[1]:
-            self._buffer = torch.empty(shape[0] * shape[1], dtype=self.dtype, device=self._device)
         if cache:
             dense = unpack_rows(parts, torch.empty(shape, dtype=self.dtype, device=self._device))
             self._cached.append(dense)
             return lambda: dense
         self._matrices += parts
-        return lambda: unpack_rows(parts, self._buffer[: shape[0] * shape[1]].view(shape))
+        return lambda: unpack_rows(parts, self._buffer.view(shape))
 
     def _row_order(self, tensor: FileTensor) -> np.ndarray | None:
         if not tensor.rope_interleaved:
@@ -139,6 +157,15 @@ class FrozenWeights:
             head[start : start + step] = torch.from_numpy(read_rows(tensor, ids)).to(self._device)
             tensor.release()  # the mapped pages, before they are all there
         return head
+
+
+def _largest_group(file: ModelFile) -> int:
+    """Elements."""
+    return max(
+        sum(math.prod(file.tensors[f"blk.{index}.{kind}.weight"].shape) for kind in kinds)
+        for index in range(file.config.num_layers)
+        for kinds in GROUPS.values()
+    )
 
 
 def unpack_rows(parts: Sequence[FrozenMatrix], out: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,8 @@ class Steps:
         pairs: Sequence[Preference] = (),
         references: Mapping[str, float] | None = None,
     ) -> None:
-        """An example that is longer than a micro-batch is one alone. `references`: of the pairs, by id."""
+        """A micro-batch is longer where an example is: it and those that share its prompt. `references`: of the pairs,
+        by id."""
         self._examples = examples
         self._pairs, self._references = pairs, references or {}
         self._seed = seed
@@ -75,12 +76,12 @@ class Steps:
 
     def _mixed(self, epoch: int) -> list[Packed]:
         limit = self._micro_batch_tokens
+        long = [one for one in self._examples if len(one.token_ids) > limit]
         packed = pack(
             [one for one in self._examples if len(one.token_ids) <= limit], limit, seed=self._seed, epoch=epoch
         )
-        for one in self._examples:
-            if len(one.token_ids) > limit:
-                packed += pack([one], len(one.token_ids), seed=self._seed, epoch=epoch)
+        if long:  # runs of an agent share a prompt that may be longer than a micro-batch: there is room for their ends
+            packed += pack(long, max(len(one.token_ids) for one in long) + limit, seed=self._seed, epoch=epoch)
         packed += self._packed_pairs(epoch)
         order = shuffled([f"micro-batch {number}" for number in range(len(packed))], seed=self._seed, epoch=epoch)
         return _evenly([packed[index] for index in order])

@@ -24,7 +24,7 @@ from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
 from finetune.model.peft import CONFIG_NAME, TENSORS_NAME, export_peft, import_peft
 from finetune.packed import Packed
-from finetune.rounds.adapter import Adapter, Keyed, validation_loss
+from finetune.rounds.adapter import NUM_SIDES, Adapter, Batch, Keyed, side_by_side, validation_loss
 from finetune.rounds.engine import Done, Task
 from finetune.rounds.errors import RoundError
 from finetune.rounds.references import reference_margins
@@ -85,7 +85,7 @@ def run_training(
 
         result = train(
             Adapter(trained),
-            lambda step: [Keyed(one, own.seed + 1_000_003 * step + place) for place, one in enumerate(steps(step))],
+            lambda step: micro_batches(steps(step), own, step),
             train_settings(own, steps.num_steps),
             task.folder / "checkpoints",
             identity={
@@ -165,11 +165,16 @@ def round_steps(lessons: Lessons, references: Mapping[str, float], own: Finetune
         references=references,
         seed=own.seed,
         epochs=own.epochs,
-        micro_batch_tokens=own.micro_batch_tokens,
+        micro_batch_tokens=max(1, own.micro_batch_tokens // NUM_SIDES),
         tokens_per_step=own.tokens_per_step,
         max_steps=own.max_steps,
         is_curriculum=own.curriculum,
     )
+
+
+def micro_batches(parts: Sequence[Packed], own: FinetuneSettings, step: int) -> list[Batch]:
+    keyed = [Keyed(one, own.seed + 1_000_003 * step + place) for place, one in enumerate(parts)]
+    return side_by_side(keyed, own.micro_batch_tokens)
 
 
 def train_settings(own: FinetuneSettings, num_steps: int) -> TrainSettings:

@@ -1,4 +1,4 @@
-"""A tiny model as a GGUF file, and training models over it with LoRA factors that do something."""
+"""Training models over the tiny one, with LoRA factors that do something."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,14 +9,8 @@ import torch
 
 from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
-from tests.tiny_models import write_tiny_gguf
 
 Opener = Callable[..., TrainModel]
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_gguf(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
 
 
 def stir(model: TrainModel, seed: int = 1) -> TrainModel:
