@@ -21,6 +21,7 @@ COMMANDS = {
     "traces": "list, show, export, import, judge and delete what was asked and answered",
     "keys": "create, list and revoke API keys",
     "dataset": "make tool-calling dialogues to train on, and check them",
+    "train": "train a ternary model from dialogues and write its GGUF file",
     "finetune": "learn from the log beside a running server; rounds and their reports",
     "quantize": "write a model as a GGUF file of another type",
     "bench": "measure the engine: prefill and decode",

@@ -33,13 +33,14 @@ from server.errors import ConfigError, UsageError
 ENV_PREFIX = "STERNA_"
 DEFAULT_FILE = Path("sterna.toml")
 DEFAULT_MODEL = "smollm2-135m-instruct"
-PARTS = frozenset({"finetune"})
+PARTS = frozenset({"finetune", "train"})
 """Tables of the file that are another part's settings."""
 
 # Kubernetes gives every pod STERNA_SERVICE_HOST, STERNA_PORT_8000_TCP and so on when a service is called "sterna".
 # STERNA_TEST_ is for the tests, whose servers inherit it; STERNA_URL and STERNA_API_KEY are for commands (`Remote`);
-# STERNA_FINETUNE_ is the sidecar's (finetune/config.py), which reads it by the same function.
-_NOT_SETTINGS = re.compile(r"STERNA_(SERVICE_(HOST|PORT)|PORT_\d+_|TEST_|FINETUNE_|(URL|API_KEY)$)")
+# STERNA_FINETUNE_ is the sidecar's (finetune/config.py) and STERNA_TRAIN_ that of `sterna train`
+# (finetune/qat/config.py), which read them by the same function.
+_NOT_SETTINGS = re.compile(r"STERNA_(SERVICE_(HOST|PORT)|PORT_\d+_|TEST_|FINETUNE_|TRAIN_|(URL|API_KEY)$)")
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 

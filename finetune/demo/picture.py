@@ -1,16 +1,15 @@
-"""The demonstration's picture as SVG, written by hand: scores before and after, the training loss, the swap.
+"""The demonstration's picture as SVG: scores before and after, the training loss, the swap.
 
-No plotting library: three panels of rectangles, lines and text, readable in a browser, a README and an editor. Plain
-functions from data to text; nothing here measures.
+Three panels of rectangles, lines and text (finetune/svg.py). Plain functions from data to text; nothing here measures.
 """
 
 from collections.abc import Sequence
-from html import escape
 
 from finetune.demo.live import Answered
 from finetune.demo.results import GROUPS, METRICS, Row
 from finetune.gate.intervals import Estimate
 from finetune.gate.metrics import ALL, BALANCED, NO_CALL, SEEN, UNSEEN
+from finetune.svg import box, frame, line, page, text
 
 WIDTH, HEIGHT = 960, 640
 _SHOWN = [(ALL, "exactly_right"), (SEEN, "exactly_right"), (UNSEEN, "exactly_right")]
@@ -27,25 +26,23 @@ def picture(
     events: Sequence[tuple[float, str]],
 ) -> str:
     """`losses`: (step, loss)."""
-    return "\n".join(
+    return page(
+        WIDTH,
+        HEIGHT,
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
-            f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
-            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
             *_scores(rows, 60, 50, 870, 230),
             *_losses(losses, 60, 380, 360, 200),
             *_swap(answered, events, 510, 380, 420, 200),
-            "</svg>\n",
-        ]
+        ],
     )
 
 
 def _scores(rows: Sequence[Row], x: float, y: float, width: float, height: float) -> list[str]:
     found = {(row.group, row.metric): row for row in rows}
     shown = [found[key] for key in _SHOWN if key in found]
-    parts = [_text(x, y - 22, "The untouched third, with 95 % intervals", size=15), *_percent_axis(x, y, width, height)]
+    parts = [text(x, y - 22, "The untouched third, with 95 % intervals", size=15), *_percent_axis(x, y, width, height)]
     for number, (name, colour) in enumerate(_COLOURS.items()):
-        parts += [_box(x + 560 + 110 * number, y - 32, 12, 12, colour), _text(x + 577 + 110 * number, y - 22, name)]
+        parts += [box(x + 560 + 110 * number, y - 32, 12, 12, colour), text(x + 577 + 110 * number, y - 22, name)]
     step = width / max(len(shown), 1)
     for number, row in enumerate(shown):
         left = x + step * number
@@ -53,8 +50,8 @@ def _scores(rows: Sequence[Row], x: float, y: float, width: float, height: float
             colour = list(_COLOURS.values())[place]
             parts += _bar(estimate, left + step * (0.14 + 0.25 * place), step * 0.22, y, height, colour)
         middle = left + step / 2
-        parts.append(_text(middle, y + height + 16, METRICS[row.metric], anchor="middle"))
-        parts.append(_text(middle, y + height + 31, GROUPS[row.group], anchor="middle", colour="#667"))
+        parts.append(text(middle, y + height + 16, METRICS[row.metric], anchor="middle"))
+        parts.append(text(middle, y + height + 31, GROUPS[row.group], anchor="middle", colour="#667"))
     return parts
 
 
@@ -62,25 +59,25 @@ def _bar(estimate: Estimate | None, x: float, width: float, y: float, height: fl
     if estimate is None or estimate.value is None:
         return []
     top = y + height * (1 - estimate.value)
-    parts = [_box(x, top, width, y + height - top, colour)]
+    parts = [box(x, top, width, y + height - top, colour)]
     if estimate.lower is not None and estimate.upper is not None:
         ends = [y + height * (1 - end) for end in (estimate.lower, estimate.upper)]
-        parts.append(_line([(x + width / 2, ends[0]), (x + width / 2, ends[1])], "#222", 1.5))
+        parts.append(line([(x + width / 2, ends[0]), (x + width / 2, ends[1])], "#222", 1.5))
         top = min(top, ends[1])
-    parts.append(_text(x + width / 2, top - 4, f"{100 * estimate.value:.0f}", anchor="middle", size=11))
+    parts.append(text(x + width / 2, top - 4, f"{100 * estimate.value:.0f}", anchor="middle", size=11))
     return parts
 
 
 def _losses(losses: Sequence[tuple[float, float]], x: float, y: float, width: float, height: float) -> list[str]:
-    parts = [_text(x, y - 22, "Training loss by step", size=15), *_frame(x, y, width, height)]
+    parts = [text(x, y - 22, "Training loss by step", size=15), *frame(x, y, width, height)]
     if not losses:
         return parts
     most, last = max(loss for _, loss in losses), max(step for step, _ in losses)
     points = [(x + width * step / last, y + height * (1 - loss / most)) for step, loss in losses]
-    parts += [_line(points, _COLOURS["after"], 1.5), _text(x - 6, y + 10, f"{most:.2f}", anchor="end")]
+    parts += [line(points, _COLOURS["after"], 1.5), text(x - 6, y + 10, f"{most:.2f}", anchor="end")]
     parts += [
-        _text(x - 6, y + height, "0", anchor="end"),
-        _text(x + width, y + height + 16, f"{last:.0f}", anchor="end"),
+        text(x - 6, y + height, "0", anchor="end"),
+        text(x + width, y + height + 16, f"{last:.0f}", anchor="end"),
     ]
     return parts
 
@@ -96,7 +93,7 @@ def _swap(
     """Answers of every interval, stacked by who gave them; what happened as upright lines."""
     num_failed = sum(one.fault is not None for one in answered)
     title = f"The swap under traffic: {len(answered)} answers, {num_failed} failed"
-    parts = [_text(x, y - 22, title, size=15), *_frame(x, y, width, height)]
+    parts = [text(x, y - 22, title, size=15), *frame(x, y, width, height)]
     if not answered:
         return parts
     end, num_columns = max(one.at_seconds for one in answered), 60
@@ -111,42 +108,21 @@ def _swap(
             tall = height * count / most
             bottom -= tall
             parts.append(
-                _box(x + width * number / num_columns, bottom, width / num_columns - 1, tall, _OTHERS[place % 4])
+                box(x + width * number / num_columns, bottom, width / num_columns - 1, tall, _OTHERS[place % 4])
             )
     for place, version in enumerate(versions):
-        parts += [_box(x + 110 * place, y + height + 24, 12, 12, _OTHERS[place % 4])]
-        parts += [_text(x + 110 * place + 17, y + height + 34, version)]
+        parts += [box(x + 110 * place, y + height + 24, 12, 12, _OTHERS[place % 4])]
+        parts += [text(x + 110 * place + 17, y + height + 34, version)]
     for seconds, what in events:
         at = x + width * min(seconds / end, 1.0)
-        parts += [_line([(at, y), (at, y + height)], "#222", 1), _text(at + 4, y + 11, what, size=10)]
-    parts.append(_text(x + width, y + height + 16, f"{end:.0f} s", anchor="end"))
+        parts += [line([(at, y), (at, y + height)], "#222", 1), text(at + 4, y + 11, what, size=10)]
+    parts.append(text(x + width, y + height + 16, f"{end:.0f} s", anchor="end"))
     return parts
 
 
 def _percent_axis(x: float, y: float, width: float, height: float) -> list[str]:
-    parts = _frame(x, y, width, height)
+    parts = frame(x, y, width, height)
     for percent in range(0, 101, 20):
         at = y + height * (1 - percent / 100)
-        parts += [_line([(x, at), (x + width, at)], "#e4e7eb", 1), _text(x - 6, at + 4, f"{percent} %", anchor="end")]
+        parts += [line([(x, at), (x + width, at)], "#e4e7eb", 1), text(x - 6, at + 4, f"{percent} %", anchor="end")]
     return parts
-
-
-def _frame(x: float, y: float, width: float, height: float) -> list[str]:
-    return [_line([(x, y), (x, y + height), (x + width, y + height)], "#888", 1)]
-
-
-def _box(x: float, y: float, width: float, height: float, colour: str) -> str:
-    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{max(height, 0):.1f}" fill="{colour}"/>'
-
-
-def _line(points: Sequence[tuple[float, float]], colour: str, width: float) -> str:
-    if len(points) < 2:
-        points = [*points, *points]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>'
-
-
-def _text(x: float, y: float, text: str, *, anchor: str = "start", size: int = 12, colour: str = "#222") -> str:
-    return (
-        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}" fill="{colour}">{escape(text)}</text>'
-    )

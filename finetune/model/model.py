@@ -184,6 +184,11 @@ class TrainModel:
         hidden = self._hidden(self._layers, ids, np.arange(len(ids)), whole, wanted)
         return torch.mm(hidden, self.frozen.head.t()).to(self._wide)
 
+    @torch.no_grad()
+    def base_hidden(self, packed: Packed, rows: np.ndarray) -> torch.Tensor:
+        """What the head multiplies at `rows`, of the base without LoRA: a teacher's answers."""
+        return self._hidden(self._base_layers, packed.token_ids, packed.positions, packed.segments, rows)
+
     def _hidden(
         self,
         layers: Sequence[Layer],

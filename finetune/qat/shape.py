@@ -1,6 +1,7 @@
 """The shape of a model that is trained from scratch, and what it will be exported as: one frozen, checked object.
 
-Llama architecture, with one or two residual streams. Every row is a multiple of 256, because ternary blocks are.
+Llama architecture, with one or two residual streams. Every row is a multiple of 256, because ternary blocks are; with
+groups of 64 or 128, which are exported as Q4_0 blocks, a multiple of these.
 Parameters have their GGUF names and, for Q and K, half-split rows (quant/rope_order.py); the export permutes them.
 """
 
@@ -43,12 +44,12 @@ class Shape:
     name: str = "sterna-nano"
 
     def __post_init__(self) -> None:
-        queries = self.num_heads * self.head_dim
+        queries, row = self.num_heads * self.head_dim, self.ternary.group or ROW
         rows = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
         problems = [
-            f"{name} is {value}, accepted are multiples of {ROW}"
+            f"{name} is {value}, accepted are multiples of {row}"
             for name, value in (rows | {"num_heads * head_dim": queries}).items()
-            if value < 1 or value % ROW
+            if value < 1 or value % row
         ]
         problems += [
             f"{name} is {value}, accepted is {accepted}"

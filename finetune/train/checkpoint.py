@@ -55,6 +55,10 @@ class Progress:
     num_worse: int = 0
     """Evaluations since the best one."""
     first_loss: float | None = None
+    loss_scale: float = 1.0
+    """Of float16 (scaling.py)"""
+    num_good: int = 0
+    """Steps since the scale changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,18 +102,15 @@ class Checkpoints:
         if not steps:
             return None
         path = steps[-1]
-        state = json.loads((path / "state.json").read_text())
-        if state["identity"] != self._identity:
-            changed = [key for key in self._identity if state["identity"].get(key) != self._identity[key]]
+        identity, progress, machine = _state(path / "state.json")
+        if identity != self._identity:
+            changed = [key for key in self._identity if identity.get(key) != self._identity[key]]
             raise TrainingError(
                 f"{path} is a checkpoint of another run ({', '.join(changed) or 'more settings'} differ); "
                 "use another directory, or remove it to begin anew"
             )
         return Checkpoint(
-            Progress(**state["progress"]),
-            _tensors(path / "parameters.safetensors"),
-            _tensors(path / "optimizer.safetensors"),
-            Machine(**state["machine"]),
+            progress, _tensors(path / "parameters.safetensors"), _tensors(path / "optimizer.safetensors"), machine
         )
 
     def _best(self, step: int) -> Path:
@@ -136,11 +137,23 @@ class Checkpoints:
         _sync(self._directory)
 
 
+def _state(path: Path) -> tuple[dict[str, Any], Progress, Machine]:
+    try:
+        state = json.loads(path.read_text())
+        return state["identity"], Progress(**state["progress"]), Machine(**state["machine"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"the checkpoint {path} cannot be read ({error!r}); remove its directory to go on from the one before"
+        ) from error
+
+
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise TrainingError(f"the checkpoint {path} cannot be read: {error}") from error
+        raise TrainingError(
+            f"the checkpoint {path} cannot be read ({error}); remove its directory to go on from the one before"
+        ) from error
 
 
 def _sync(path: Path) -> None:

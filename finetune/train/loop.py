@@ -20,6 +20,7 @@ from finetune.errors import DivergedError
 from finetune.train.checkpoint import Checkpoints, Machine, Progress
 from finetune.train.optimizer import NamedOptimizer
 from finetune.train.ranks import Alone, Ranks
+from finetune.train.scaling import begin_scaling, scaled_on
 from finetune.train.schedule import learning_rate
 from finetune.train.settings import TrainSettings
 
@@ -57,7 +58,7 @@ class StepLog:
     """Mean per unit of weight, before the step."""
     learning_rate: float
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; infinite: float16 overflowed, and the step was skipped."""
     num_tokens: int
     tokens_per_second: float
     validation_loss: float | None = None
@@ -83,25 +84,28 @@ def train(
     pause: Callable[[], None] = lambda: None,
     on_step: Callable[[StepLog], None] = lambda log: None,
     adamw_names: frozenset[str] = frozenset(),
+    has_loss_scale: bool = False,
+    is_complete: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train from where `directory` left off. `batches(step)`: all micro-batches of step 0, 1, ...; always the same.
 
     `identity`: digests of data and base, so that a checkpoint of another run is refused. `evaluate`: the validation
     loss of the present parameters. `pause` is called between micro-batches and may wait. `on_step` comes before the
-    step's checkpoint: after a kill between the two it hears of the step again. Raises DivergedError, TrainingError.
+    step's checkpoint: after a kill between the two it hears of the step again. `is_complete`: asked before every step.
+    `has_loss_scale`: for float16 (scaling.py). Raises DivergedError, TrainingError.
     """
     ranks = ranks or Alone()
     parameters = model.parameters()
     optimizer = NamedOptimizer(parameters, settings, adamw_names=adamw_names)
     checkpoints = Checkpoints(directory, {"settings": settings.as_json(), **identity})
-    progress, is_exact = Progress(), True
+    progress, is_exact = begin_scaling(Progress()) if has_loss_scale else Progress(), True
     found = checkpoints.newest()
     if found is not None:
         progress, is_exact = found.progress, found.machine == Machine.here()
         _copy_into(parameters, found.parameters)
         optimizer.load(found.optimizer)
 
-    while progress.step < settings.num_steps and not _is_over(progress, settings):
+    while progress.step < settings.num_steps and not _is_over(progress, settings) and not is_complete():
         start = time.perf_counter()
         step_batches = batches(progress.step)
         mine = step_batches[ranks.rank :: ranks.world_size]
@@ -110,15 +114,21 @@ def train(
         loss = 0.0
         for batch in mine:
             pause()
-            loss += model.backward(batch, normalizer)
+            loss += model.backward(batch, normalizer / progress.loss_scale) / progress.loss_scale
         loss = ranks.sum_number(loss)
         gradients = optimizer.gradients()
         ranks.sum_gradients(gradients)
+        if has_loss_scale:
+            torch._foreach_mul_(gradients, 1 / progress.loss_scale)
         grad_norm = float(torch.nn.utils.get_total_norm(gradients))
-        _check(progress, loss, grad_norm)
-        torch.nn.utils.clip_grads_with_norm_(parameters.values(), settings.max_grad_norm, torch.tensor(grad_norm))
+        is_skipped = has_loss_scale and not math.isfinite(grad_norm)
+        _check(progress, loss, 0.0 if is_skipped else grad_norm)
         rate = learning_rate(settings, progress.step)
-        optimizer.step(rate)
+        if not is_skipped:
+            torch.nn.utils.clip_grads_with_norm_(parameters.values(), settings.max_grad_norm, torch.tensor(grad_norm))
+            optimizer.step(rate)
+        if has_loss_scale:
+            progress = scaled_on(progress, is_finite=not is_skipped)
 
         num_tokens = sum(model.tokens_of(batch) for batch in step_batches)
         progress = replace(

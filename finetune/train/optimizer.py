@@ -2,7 +2,7 @@
 
 Muon (orthogonalized momentum, Jordan 2024) is for hidden matrices: whatever is not two-dimensional, and what the caller
 names (embeddings, the head), stays with AdamW at the same learning rate (Muon's steps are scaled to match AdamW's RMS,
-arXiv:2502.16982).
+arXiv:2502.16982). Weights of norms, biases and scalars (whatever has one dimension) do not decay.
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,15 @@ class NamedOptimizer:
         self._parts: list[tuple[list[str], torch.optim.Optimizer]] = []
         adamw = [name for name, muon in is_muon.items() if not muon]
         muon = [name for name, muon in is_muon.items() if muon]
-        if adamw:
-            tensors = [self._parameters[name] for name in adamw]
-            betas = (settings.beta1, settings.beta2)
-            self._parts.append(
-                (adamw, torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=settings.weight_decay))
-            )
+        betas = (settings.beta1, settings.beta2)
+        matrices = [name for name in adamw if self._parameters[name].ndim > 1]
+        vectors = [name for name in adamw if self._parameters[name].ndim <= 1]
+        for names, decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
+            if names:
+                tensors = [self._parameters[name] for name in names]
+                self._parts.append(
+                    (names, torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=decay))
+                )
         if muon:
             tensors = [self._parameters[name] for name in muon]
             self._parts.append(

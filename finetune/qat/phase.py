@@ -1,0 +1,183 @@
+"""One stretch of training over one set of examples: the loop with its data, held-out measures, log and checkpoints.
+
+A run is one phase, or the four stages of a curriculum. Everything that a phase does follows from its step's number, so
+that it goes on bit for bit after a kill. Not here: what comes before and after (run.py), the curriculum's rules.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.dataset.packing import pack
+from finetune.errors import DivergedError
+from finetune.packed import Example, Packed
+from finetune.qat.config import QatSettings
+from finetune.qat.metrics import Line, Metrics
+from finetune.qat.model import Objective, QatModel, Teacher
+from finetune.qat.shape import VOCABULARY_TENSORS
+from finetune.qat.trainer import Held, Stepped, Trainer
+from finetune.rounds.steps import Steps
+from finetune.train.loop import StepLog, TrainResult, train
+from finetune.train.ranks import Ranks
+from finetune.train.settings import TrainSettings
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """`name` None: the run's only one. `is_complete`: whether a held-out measure ends it. `max_rise`: how many times
+    the best held-out loss (or so many nats where that is below 1) is no training any more."""
+
+    folder: Path
+    examples: Sequence[Example]
+    held_out: Sequence[Example]
+    name: str | None = None
+    max_steps: int | None = None
+    rate_factor: float = 1.0
+    is_complete: Callable[[Held], bool] = lambda held: False
+    max_rise: float = math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Tools:
+    """What all phases of a run share. `on_step(step, num_steps)` is for a progress bar."""
+
+    model: QatModel
+    settings: QatSettings
+    teacher: Teacher | None
+    ranks: Ranks
+    metrics: Metrics
+    identity: Mapping[str, Any]
+    on_step: Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Done:
+    result: TrainResult
+    num_steps: int
+    held: Held | None
+    """Of the parameters that the phase ends with: the best measured, or the last."""
+
+
+def run_phase(phase: Phase, tools: Tools) -> Done:
+    """Raises DivergedError, TrainingError."""
+    settings = tools.settings
+    steps = phase_steps(phase, settings)
+    objective = Objective(settings.entropy_weight, settings.distillation if tools.teacher else 0.0)
+    trainer = Trainer(tools.model, objective, tools.teacher, tools.ranks)
+    held_out = packed_held_out(phase.held_out, settings)
+    log = _Log(phase, tools, trainer, steps.num_steps)
+    result = train(
+        trainer,
+        lambda step: [Stepped(one, _share(settings, step, steps.num_steps)) for one in steps(step)],
+        train_settings(settings, steps.num_steps, phase.rate_factor, has_held_out=bool(held_out)),
+        phase.folder,
+        identity={**tools.identity, "stage": phase.name, "examples": len(phase.examples), "held_out": len(held_out)},
+        evaluate=(lambda: log.measure(held_out)) if held_out else None,
+        ranks=tools.ranks,
+        on_step=log.step,
+        adamw_names=VOCABULARY_TENSORS,
+        has_loss_scale=tools.model.dtype == torch.float16,
+        is_complete=log.is_complete,
+    )
+    tools.model.weights.share = 1.0
+    best = result.progress.best_step
+    return Done(result, steps.num_steps, tools.metrics.held(phase.name, best) if best else None)
+
+
+def phase_steps(phase: Phase, settings: QatSettings) -> Steps:
+    return Steps(
+        phase.examples,
+        seed=settings.seed,
+        epochs=settings.epochs,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        tokens_per_step=settings.tokens_per_step,
+        max_steps=phase.max_steps or settings.max_steps,
+    )
+
+
+def packed_held_out(examples: Sequence[Example], settings: QatSettings) -> list[Packed]:
+    chosen = examples[:: max(1, math.ceil(len(examples) / settings.max_held_out))]
+    if not chosen:
+        return []
+    longest = max(settings.micro_batch_tokens, *(len(one.token_ids) for one in chosen))
+    return pack(chosen, longest, seed=settings.seed, epoch=0)
+
+
+def train_settings(settings: QatSettings, num_steps: int, rate_factor: float, *, has_held_out: bool) -> TrainSettings:
+    return TrainSettings(
+        num_steps=num_steps,
+        learning_rate=settings.learning_rate * rate_factor,
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
+        warmup_share=settings.warmup_share,
+        decay_share=settings.decay_share,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        eval_every=settings.evaluate_every if has_held_out else 0,
+        patience=settings.patience or 0 if has_held_out else 0,
+        checkpoint_every=settings.checkpoint_every,
+        seed=settings.seed,
+    )
+
+
+def _share(settings: QatSettings, step: int, num_steps: int) -> float:
+    """Of ternary weights in step 0, 1, ...: a straight line over the first `ternary_after` of the steps."""
+    rising = settings.ternary_after * num_steps
+    return 1.0 if step >= rising else step / rising
+
+
+class _Log:
+    """Counts since the last line, and the last held-out measure."""
+
+    def __init__(self, phase: Phase, tools: Tools, trainer: Trainer, num_steps: int) -> None:
+        self._phase, self._tools, self._trainer, self._num_steps = phase, tools, trainer, num_steps
+        self._held: Held | None = None
+        self._is_complete: bool | None = None
+        self._tokens, self._seconds = 0, 0.0
+
+    def measure(self, held_out: Sequence[Packed]) -> float:
+        self._held = self._trainer.measure(held_out)
+        known = [one.held_out_loss for one in self._lines() if one.held_out_loss is not None]
+        if known and self._held.loss > self._phase.max_rise * max(min(known), 1.0):
+            raise DivergedError(f"the held-out loss is {self._held.loss:.4g}, it was {min(known):.4g}")
+        self._is_complete = self._phase.is_complete(self._held)
+        return self._held.loss
+
+    def is_complete(self) -> bool:
+        """Of a resumed phase: by what the log says."""
+        if self._is_complete is None:
+            lines = self._lines()
+            held = self._tools.metrics.held(self._phase.name, lines[-1].step) if lines else None
+            self._is_complete = held is not None and self._phase.is_complete(held)
+        return self._is_complete
+
+    def _lines(self) -> list[Line]:
+        return [one for one in self._tools.metrics.lines() if one.stage == self._phase.name]
+
+    def step(self, log: StepLog) -> None:
+        self._tokens += log.num_tokens
+        self._seconds += log.num_tokens / log.tokens_per_second
+        self._tools.on_step(log.step, self._num_steps)
+        held, self._held = self._held, None
+        if held is None and log.step % self._tools.settings.log_every and log.step != self._num_steps:
+            return
+        line = Line(
+            step=log.step,
+            loss=log.loss,
+            learning_rate=log.learning_rate,
+            grad_norm=log.grad_norm,
+            num_tokens=self._tokens,
+            tokens_per_second=self._tokens / self._seconds,
+            entropy=self._trainer.take_entropy(),
+            share=_share(self._tools.settings, log.step - 1, self._num_steps),
+            stage=self._phase.name,
+        )
+        if held is not None:
+            line = replace(line, held_out_loss=held.loss, held_out_accuracy=held.accuracy)
+        self._tokens, self._seconds = 0, 0.0
+        if self._tools.ranks.rank == 0:
+            self._tools.metrics.add(line, self._num_steps)

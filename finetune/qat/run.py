@@ -1,0 +1,202 @@
+"""A whole run: data, vocabulary, model, training, the exported file and its learning curve, in one folder.
+
+    OUT/vocabulary.json    of a model from scratch       OUT/metrics.jsonl   the log as numbers
+    OUT/tokens-*.npz       rendered examples             OUT/curve.svg       the learning curve
+    OUT/checkpoints/       to go on from                 OUT/model.gguf      what is served
+
+Whatever is there already is gone on from: a second call of a finished run only writes the file again. Not here: the
+command line (server/commands/train.py), the loop (finetune/train), one stretch of training (phase.py).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.dataset.dialogues.vocabulary import SmallVocabulary, train_vocabulary
+from finetune.dataset.render import Renderer
+from finetune.errors import TrainingError
+from finetune.model.allocator import keep_freed_memory
+from finetune.qat.config import QatSettings
+from finetune.qat.curriculum import run_curriculum
+from finetune.qat.data import Lessons, Source, read_lessons
+from finetune.qat.export import export_gguf
+from finetune.qat.memory import MemoryPlan, peak_bytes, plan_memory
+from finetune.qat.metrics import Metrics
+from finetune.qat.model import QatModel
+from finetune.qat.phase import Phase, Tools, run_phase
+from finetune.qat.picture import picture
+from finetune.qat.shape import Shape
+from finetune.qat.source import (
+    FileTeacher,
+    base_parameters,
+    base_shape,
+    made_shape,
+    take_parameters,
+    tokenizer_metadata,
+)
+from finetune.train.ranks import Ranks, joined
+from quant.formats import GGMLType
+from quant.model_file import open_model
+from server.machine import physical_cores
+
+MODEL, CURVE, METRICS, VOCABULARY = "model.gguf", "curve.svg", "metrics.jsonl", "vocabulary.json"
+
+
+@dataclass(frozen=True)
+class Console:
+    """Where a run tells how it goes. `status` replaces itself, `say` stays; `on_step(step, num_steps)`."""
+
+    say: Callable[[str], None]
+    status: Callable[[str], None]
+    on_step: Callable[[int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class _Begin:
+    """What a run begins with: shape, tokenizer, and its base's weights where it has one."""
+
+    shape: Shape
+    metadata: dict[str, Any]
+    renderer: Renderer
+    parameters: dict[str, torch.Tensor] | None
+    base_digest: str | None
+
+
+def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[str, Any]:
+    """Train what `settings` say on `data`; the facts of the finished run. Raises FinetuneError, ModelFileError."""
+    source = Source(data)
+    out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(settings.threads or physical_cores())
+    keep_freed_memory()
+    if settings.device != "cpu" and not torch.cuda.is_available():
+        raise TrainingError(f"device {settings.device}: torch finds no GPU here; leave it out to train on the CPU")
+    with joined() as ranks:
+        console.status("reading the dialogues")
+        begin = _begin(source, out, settings)
+        limit = min(begin.shape.context_length, settings.micro_batch_tokens)
+        lessons = read_lessons(source, begin.renderer, out, limit)
+        model = QatModel(begin.shape, dtype=_dtype(settings), device=settings.device, seed=settings.seed)
+        if begin.parameters is not None:
+            take_parameters(model.parameters(), begin.parameters)
+        console.status("")
+        plan = _plan(model, lessons, settings)
+        console.say(_opening(model, lessons, plan))
+        tools = _tools(model, out, settings, begin, lessons, ranks, console)
+        facts = _train(lessons, out, tools)
+        if ranks.rank == 0:
+            facts |= _finish(model, begin, out, settings, tools)
+        return facts | {"memory": {**asdict(plan), "total": plan.total, "peak": peak_bytes()}}
+
+
+def _begin(source: Source, out: Path, settings: QatSettings) -> _Begin:
+    if settings.base is not None:
+        file = open_model(settings.base)
+        try:
+            shape, metadata = base_shape(file, settings), tokenizer_metadata(file)
+            return _Begin(shape, metadata, Renderer.open(settings.base), base_parameters(file), file.digest)
+        finally:
+            file.close()
+    kept = out / VOCABULARY
+    if kept.exists():
+        vocabulary = SmallVocabulary.load(kept)
+    else:
+        vocabulary = train_vocabulary((one for _, one in source.train()), settings.vocab_size)
+        with whole(kept) as beside:
+            vocabulary.save(beside)
+    if len(vocabulary.tokens) != settings.vocab_size:
+        raise TrainingError(
+            f"{kept} has {len(vocabulary.tokens)} tokens, vocab_size is {settings.vocab_size}: use another folder"
+        )
+    metadata = {f"tokenizer.{key}": value for key, value in vocabulary.metadata().items()}
+    return _Begin(made_shape(settings), metadata, vocabulary.renderer(), None, None)
+
+
+def _tools(
+    model: QatModel, out: Path, settings: QatSettings, begin: _Begin, lessons: Lessons, ranks: Ranks, console: Console
+) -> Tools:
+    teacher = None
+    if settings.teacher is not None:
+        teacher = FileTeacher(settings.teacher, begin.shape.vocab_size, device=settings.device, dtype=_dtype(settings))
+    say = console.say if ranks.rank == 0 else lambda text: None
+    return Tools(
+        model=model,
+        settings=settings,
+        teacher=teacher,
+        ranks=ranks,
+        metrics=Metrics(out / METRICS, say),
+        identity={"shape": model.shape.as_json(), "data": lessons.digest, "base": begin.base_digest}
+        | settings.identity(),
+        on_step=console.on_step,
+    )
+
+
+def _train(lessons: Lessons, out: Path, tools: Tools) -> dict[str, Any]:
+    folder = out / "checkpoints"
+    if tools.settings.curriculum:
+        return run_curriculum(lessons, folder, tools)
+    done = run_phase(Phase(folder, lessons.examples, lessons.held_out), tools)
+    progress = done.result.progress
+    return {
+        "num_steps": progress.step,
+        "num_tokens": progress.num_tokens,
+        "stopped_early": done.result.stopped_early,
+        "is_exact": done.result.is_exact,
+        "best_step": progress.best_step,
+        "held_out": None if done.held is None else {"loss": done.held.loss, "accuracy": done.held.accuracy},
+    }
+
+
+def _finish(model: QatModel, begin: _Begin, out: Path, settings: QatSettings, tools: Tools) -> dict[str, Any]:
+    kind = None if settings.type is None else GGMLType[settings.type.upper()]
+    parameters = {name: tensor.detach().cpu() for name, tensor in model.parameters().items()}
+    target = out / MODEL
+    export_gguf(target, begin.shape, parameters, begin.metadata, matrix_type=kind, overwrite=True)
+    lines = tools.metrics.lines()
+    with whole(out / CURVE) as beside:
+        beside.write_text(picture(lines, f"{begin.shape.name}: {begin.shape.num_parameters / 1e6:.1f} M parameters"))
+    return {
+        "object": "train.run",
+        "model": str(target),
+        "model_bytes": target.stat().st_size,
+        "num_parameters": begin.shape.num_parameters,
+        "curve": str(out / CURVE),
+        "data_digest": tools.identity["data"],
+    }
+
+
+def _plan(model: QatModel, lessons: Lessons, settings: QatSettings) -> MemoryPlan:
+    most = max(settings.micro_batch_tokens, *(len(one.token_ids) for one in lessons.examples))
+    # What is there by now holds the shadows, which the plan counts itself.
+    process = max(peak_bytes() - 4 * model.shape.num_parameters, 0)
+    return plan_memory(model.shape, model.dtype, most, is_muon=settings.optimizer == "muon", process_bytes=process)
+
+
+def _opening(model: QatModel, lessons: Lessons, plan: MemoryPlan) -> str:
+    parts = {name: f"{value / 2**20:,.0f}" for name, value in asdict(plan).items()}
+    left_out = f", {lessons.num_too_long:,} too long" if lessons.num_too_long else ""
+    return (
+        f"{model.shape.num_parameters:,} parameters; {len(lessons.examples):,} examples"
+        f" ({len(lessons.held_out):,} held out{left_out})\n"
+        f"memory in MiB: {', '.join(f'{name} {value}' for name, value in parts.items())};"
+        f" together {plan.total / 2**20:,.0f}"
+    )
+
+
+def _dtype(settings: QatSettings) -> torch.dtype:
+    found: torch.dtype = getattr(torch, settings.dtype)
+    return found
+
+
+@contextmanager
+def whole(target: Path) -> Iterator[Path]:
+    """A path beside, which becomes the target when all is well."""
+    beside = target.with_name(f".{target.name}.new")
+    try:
+        yield beside
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
