@@ -49,8 +49,8 @@ class Adapter:
 
     def __init__(self, model: TrainModel) -> None:
         self._model = model
-        # Checkpointing keeps one pass's inputs, and is for long contexts, which come alone.
-        self._is_side_by_side = model.device.type == "cpu" and not model.options.checkpointing
+        # Checkpointing keeps one pass's inputs, adds its layers' gradients itself, and is for long contexts.
+        self._has_sides = model.device.type == "cpu" and not model.options.checkpointing
         self._others = ThreadPoolExecutor(NUM_SIDES - 1, "side")
 
     def parameters(self) -> dict[str, Tensor]:
@@ -64,8 +64,8 @@ class Adapter:
 
     def backward(self, batch: Batch, normalizer: float) -> float:
         threads = torch.get_num_threads()
-        if len(batch) == 1 or threads < NUM_SIDES or not self._is_side_by_side:
-            return sum(self._add(*self._gradients(one, normalizer)) for one in batch)
+        if len(batch) == 1 or threads < NUM_SIDES or not self._has_sides:
+            return sum(self._alone(one, normalizer) for one in batch)
         share = threads // NUM_SIDES
 
         def one_side(part: Keyed) -> tuple[float, Sequence[Tensor | None]]:
@@ -78,6 +78,11 @@ class Adapter:
         finally:
             torch.set_num_threads(threads)
         return sum(self._add(*one) for one in found)
+
+    def _alone(self, part: Keyed, normalizer: float) -> float:
+        loss = self._model.loss(part.packed, normalizer, dropout_seed=part.key)
+        loss.backward()
+        return (loss.ce_sum + loss.extra_sum) / normalizer
 
     def _gradients(self, part: Keyed, normalizer: float) -> tuple[float, Sequence[Tensor | None]]:
         loss = self._model.loss(part.packed, normalizer, dropout_seed=part.key)
