@@ -46,12 +46,21 @@ def _generate(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="another seed, another set [0]")
     parser.add_argument("--thinking", action="store_true", help="say why in <think> before each call and answer")
+    parser.add_argument(
+        "--renamed",
+        type=float,
+        default=0.25,
+        metavar="SHARE",
+        help="of the training examples that offer tools under other names [0.25]",
+    )
     parser.add_argument("--json", action="store_true", help="the manifest, as JSON")
     options = parser.parse_args(arguments)
     with _named_faults():
         from finetune.dataset.dialogues.generate import Options, generate
 
-        wanted = Options(templates=options.templates, seed=options.seed, thinking=options.thinking)
+        wanted = Options(
+            templates=options.templates, seed=options.seed, thinking=options.thinking, renamed=options.renamed
+        )
         with tqdm(total=sum(wanted.counts.values()), unit=" templates", disable=None) as bar:
             manifest = generate(options.folder, wanted, on_template=lambda: bar.update() and None)
     if options.json:

@@ -12,10 +12,11 @@ from finetune.dataset.dialogues.augment import AUGMENTATIONS, WRITTEN_NUMBERS
 from finetune.dataset.dialogues.difficulty import difficulty
 from finetune.dataset.dialogues.drawing import Dice, Drawer, NoValueError, Pool, Slots
 from finetune.dataset.dialogues.examples import Dialogue
+from finetune.dataset.dialogues.renaming import ShownTool, renamed
 from finetune.dataset.dialogues.subjects import Step, Subject
 from finetune.dataset.dialogues.templates import Template
 from finetune.dataset.dialogues.thinking import before_answer, before_call
-from finetune.dataset.dialogues.tool import run_tool
+from finetune.dataset.dialogues.tool import Tool, run_tool
 from finetune.dataset.dialogues.toolbox import SEEN, TOOLS
 from finetune.dataset.dialogues.wording import SLOT, capitalized, expand, fill
 from finetune.dataset.errors import DialogueError
@@ -24,6 +25,7 @@ MAX_TRIES = 60
 MAX_OFFERED = 4
 _NUM_OFFERED = (1, 2, 2, 3, 3, 3, 4, 4)
 SYSTEM_SHARE = 0.25
+RENAMED_IN_EXAMPLE = 0.75
 NO_TOOLS_SHARE = 0.1
 """Of the questions that are nobody's tool's business: asked with no tools offered at all, as ordinary chat is."""
 _SYSTEMS = ("You are a helpful assistant.", "You help the people of <place>.", "Answer in one short sentence.",
@@ -34,9 +36,17 @@ _ERRORS = ("That did not work: {error}.", "I could not do that: {error}.", "The 
 
 
 def make_dialogue(
-    template: Template, augmentation: str, seed: int, *, thinking: bool, pool: Pool, part: str | None = None
+    template: Template,
+    augmentation: str,
+    seed: int,
+    *,
+    thinking: bool,
+    pool: Pool,
+    renamed_share: float = 0.0,
+    part: str | None = None,
 ) -> Dialogue | None:
-    """`part`: what it is made for, if not what the template was. None: `pool` has no such values."""
+    """`renamed_share`: of examples whose tools may have other names. `part`: what it is made for, if not what the
+    template was. None: `pool` has no such values."""
     part = part or template.part
     dice = Dice(seed, part, template.id, augmentation)
     wording = AUGMENTATIONS[augmentation](template, dice)
@@ -57,11 +67,14 @@ def make_dialogue(
             return None
         raise DialogueError(f"{template.id}: no filling of '{template.request}' runs through")
     request = capitalized(fill(wording, slots)) if augmentation != "casual" else fill(wording, slots)
-    tools = _offered(template.subject, part, dice)
+    offered = _shown(_offered(template.subject, dice), part, renamed_share, dice)
+    tools = [tool.signature() for tool in offered.values()]
+    calls = [{"name": offered[one["name"]].name, "arguments": offered[one["name"]].shown(one["arguments"])}
+             for one in calls]  # fmt: skip
     messages = [
         *_system(template, dice),
         {"role": "user", "content": request},
-        *_called(template, calls, contents, dice, thinking),
+        *_called(calls, contents, offered, dice, thinking),
         _answer(template, slots, contents, dice, thinking),
     ]
     return Dialogue(
@@ -78,6 +91,7 @@ def make_dialogue(
         expected=calls,
         messages=messages,
         tools=tools,
+        aliases={tool.name: tool.alias() for tool in offered.values() if tool.is_renamed},
     )
 
 
@@ -115,7 +129,7 @@ def _has_long_value(calls: Sequence[Mapping[str, Any]]) -> bool:
     return any(len(str(value)) >= 2 and not isinstance(value, bool) for value in first.values())
 
 
-def _offered(subject: Subject, part: str, dice: Dice) -> list[dict[str, Any]]:
+def _offered(subject: Subject, dice: Dice) -> list[Tool]:
     """The tools that it takes and others, in any order; half of the others are of the same kind."""
     wanted = sorted(subject.offered)
     if subject.reason == "own" and not wanted and dice.chance(NO_TOOLS_SHARE):
@@ -127,7 +141,18 @@ def _offered(subject: Subject, part: str, dice: Dice) -> list[dict[str, Any]]:
     while len(chosen) < min(count, MAX_OFFERED):
         rest = [name for name in (alike if alike and dice.chance(0.5) else others) if name not in chosen]
         chosen.append(dice.pick(rest))
-    return [TOOLS[name].signature() for name in dice.shuffled(chosen)]
+    return [TOOLS[name] for name in dice.shuffled(chosen)]
+
+
+def _shown(tools: Sequence[Tool], part: str, renamed_share: float, dice: Dice) -> dict[str, ShownTool]:
+    """By the tool's own name. In a renamed example most tools have other names, in the part "renamed_tools" all."""
+    held_out = part == "renamed_tools"
+    some = dice.chance(renamed_share)
+    found = {}
+    for tool in tools:
+        is_renamed = held_out or (some and dice.chance(RENAMED_IN_EXAMPLE))
+        found[tool.name] = renamed(tool, dice, held_out=held_out) if is_renamed else ShownTool.plain(tool)
+    return found
 
 
 def _system(template: Template, dice: Dice) -> list[dict[str, Any]]:
@@ -137,8 +162,13 @@ def _system(template: Template, dice: Dice) -> list[dict[str, Any]]:
 
 
 def _called(
-    template: Template, calls: Sequence[Mapping[str, Any]], contents: Sequence[str], dice: Dice, thinking: bool
+    calls: Sequence[Mapping[str, Any]],
+    contents: Sequence[str],
+    offered: Mapping[str, ShownTool],
+    dice: Dice,
+    thinking: bool,
 ) -> list[dict[str, Any]]:
+    purposes = {tool.name: tool.tool.purpose for tool in offered.values()}
     messages: list[dict[str, Any]] = []
     for number, (call, content) in enumerate(zip(calls, contents, strict=True)):
         id = f"call_{number}"
@@ -146,7 +176,7 @@ def _called(
         function = {"name": call["name"], "arguments": arguments}
         message: dict[str, Any] = {"role": "assistant", "content": None}
         if thinking:
-            message["reasoning_content"] = before_call(call["name"], number, dice)
+            message["reasoning_content"] = before_call(call["name"], purposes[call["name"]], number, dice)
         message["tool_calls"] = [{"id": id, "type": "function", "function": function}]
         messages += [message, {"role": "tool", "tool_call_id": id, "content": content}]
     return messages

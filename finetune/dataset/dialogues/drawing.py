@@ -140,6 +140,8 @@ class Drawer:
         def make() -> Slot:
             source = self.dice.pick([wordlists.NOUNS, wordlists.NAMES, wordlists.NOUNS])
             values = self.dice.sample(source, self.dice.between(at_least, at_most))
+            if source is wordlists.NAMES:
+                values[0] = wordlists.coined(self.dice)
             return Slot(values, listed(values, self.dice))
 
         return self.fit(make)
@@ -156,6 +158,6 @@ class Drawer:
 
 def listed(values: Sequence[str], dice: Dice) -> str:
     """In a sentence: "3, 5 and 8" or "3, 5, 8"."""
-    if len(values) > 1 and dice.chance(0.6):
+    if len(values) == 2 or (len(values) > 2 and dice.chance(0.6)):
         return f"{', '.join(values[:-1])} and {values[-1]}"
     return ", ".join(values)

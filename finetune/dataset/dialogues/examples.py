@@ -7,16 +7,18 @@ form of a line and says which one is wrong; whether its content is right is the 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
+from finetune.dataset.dialogues.renaming import ShownTool
 from finetune.dataset.dialogues.subjects import KINDS, Kind
 from finetune.dataset.dialogues.tool import CATEGORIES, Category
+from finetune.dataset.dialogues.toolbox import TOOLS
 from finetune.dataset.errors import DialogueError
 from finetune.gate.expected import Expected, expected_from_message
 
-PARTS = ("train", "validation", "families", "unseen_tools", "fresh_values")
+PARTS = ("train", "validation", "families", "unseen_tools", "renamed_tools", "fresh_values")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,17 @@ class Dialogue:
     """Every call in order: {"name", "arguments"} with the arguments as an object."""
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]]
+    aliases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of renamed tools (renaming.py), by the name that is offered."""
+
+    @property
+    def own_calls(self) -> list[dict[str, Any]]:
+        """`expected` with the tools' and arguments' own names. Raises KeyError for an alias of no tool."""
+        return [
+            {"name": tool.tool.name, "arguments": tool.own(call["arguments"])}
+            for call in self.expected
+            for tool in [shown_tool(self, call["name"])]
+        ]
 
     @property
     def request(self) -> str:
@@ -57,7 +70,7 @@ class Dialogue:
         if not isinstance(value, dict):
             raise ValueError("the line is no JSON object")
         names = [field.name for field in fields(cls)]
-        if missing := [name for name in names if name not in value]:
+        if missing := [name for name in names if name not in value and name != "aliases"]:
             raise ValueError(f"the key '{missing[0]}' is missing")
         if unknown := [name for name in value if name not in names]:
             raise ValueError(f"there is no key '{unknown[0]}'; there are {', '.join(names)}")
@@ -67,9 +80,17 @@ class Dialogue:
         for name in ("expected", "messages", "tools"):
             if not isinstance(value[name], list) or not all(isinstance(one, dict) for one in value[name]):
                 raise ValueError(f"'{name}' must be a list of objects")
+        if not isinstance(value.get("aliases", {}), dict):
+            raise ValueError("'aliases' must be an object")
         if isinstance(value["difficulty"], bool) or not isinstance(value["difficulty"], int | float):
             raise ValueError("'difficulty' must be a number")
         return cls(**value)
+
+
+def shown_tool(dialogue: Dialogue, name: str) -> ShownTool:
+    """What is offered under this name. Raises KeyError."""
+    alias = dialogue.aliases.get(name)
+    return ShownTool.plain(TOOLS[name]) if alias is None else ShownTool.from_alias(name, alias)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
     train.jsonl        training families, seen tools
     validation.jsonl   validation families: for decisions while training
     held_out.jsonl     parts "families" (held-out families, seen tools), "unseen_tools" (held-out families, tools that
-                       training never sees) and "fresh_values" (training templates, values that training never sees)
+                       training never sees), "renamed_tools" (held-out families, seen tools under names that training
+                       never sees) and "fresh_values" (training templates, values that training never sees)
     manifest.json      what it was made from, rows and digest of each file, digest of the whole
 
 The same options give the same bytes, on every machine. Memory holds the templates and argument values, never the
@@ -43,12 +44,17 @@ class Options:
     """Of training. The other parts have a share of it."""
     seed: int = 0
     thinking: bool = False
+    renamed: float = 0.25
+    """Share of the examples of training and validation that offer tools under other names."""
 
     def __post_init__(self) -> None:
         if self.templates < MIN_TEMPLATES:
             raise DialogueError(
                 f"at least {MIN_TEMPLATES} templates are needed to have every tool, not {self.templates}"
             )
+
+        if not 0 <= self.renamed <= 1:
+            raise DialogueError(f"the share of renamed tools lies between 0 and 1, not {self.renamed}")
 
     @property
     def counts(self) -> Mapping[Part, int]:
@@ -59,6 +65,7 @@ class Options:
             "validation": small,
             "families": max(40, self.templates // 5),
             "unseen_tools": small,
+            "renamed_tools": small,
         }
 
     @property
@@ -85,12 +92,12 @@ def _write(folder: Path, options: Options, on_template: Callable[[], None]) -> d
     train: list[Template] = []
     seen: set[tuple[str, str]] = set()
     with _open(folder / FILES[0]) as first, _open(folder / FILES[1]) as second, _open(folder / FILES[2]) as third:
-        files = {"train": first, "validation": second, "families": third, "unseen_tools": third}
+        files = {"train": first, "validation": second, "families": third, "unseen_tools": third, "renamed_tools": third}
         for template in make_templates(options.counts, options.seed):
             for dialogue in _augmented(template, options):
                 files[template.part].write(dialogue.to_line())
                 if template.part == "train":
-                    seen |= values_of(dialogue.expected)
+                    seen |= values_of(dialogue.own_calls)
             if template.part == "train":
                 train.append(template)
             on_template()
@@ -124,8 +131,11 @@ def values_of(calls: Sequence[Mapping[str, Any]]) -> set[tuple[str, str]]:
 
 def _augmented(template: Template, options: Options) -> Iterator[Dialogue]:
     pool: Pool = "train" if template.part == "train" else "any"
+    share = options.renamed if template.part in ("train", "validation") else 0.0
     for augmentation in AUGMENTATIONS:
-        made = make_dialogue(template, augmentation, options.seed, thinking=options.thinking, pool=pool)
+        made = make_dialogue(
+            template, augmentation, options.seed, thinking=options.thinking, pool=pool, renamed_share=share
+        )
         if made is None:
             raise DialogueError(f"{template.id}: no value is left in the range of '{template.request}'")
         yield made
@@ -146,7 +156,7 @@ def _fresh(train: list[Template], seen: Set[tuple[str, str]], options: Options) 
                 made = make_dialogue(
                     template, augmentation, options.seed, thinking=options.thinking, pool="fresh", part="fresh_values"
                 )
-                is_fresh = made is not None and not values_of(made.expected[:1]) <= seen
+                is_fresh = made is not None and not values_of(made.own_calls[:1]) <= seen
                 if made is not None and is_fresh and num_made < options.num_fresh * len(kinds):
                     yield made
                     num_made += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.dataset.dialogues.distinct import DistinctSets
-from finetune.dataset.dialogues.examples import Dialogue, read_dialogues
+from finetune.dataset.dialogues.examples import Dialogue, read_dialogues, shown_tool
 from finetune.dataset.dialogues.generate import FILES, MANIFEST, digest_of, values_of
 from finetune.dataset.dialogues.scenarios import scenarios
 from finetune.dataset.dialogues.templates import SHARES, THRESHOLD
@@ -36,7 +36,7 @@ CATEGORY_RANGE = (0.2, 0.5)
 MAX_FAMILY_RATIO = 1.5
 """The largest family by the smallest of a part."""
 _WRONG_SPLIT = {"train": "train", "fresh_values": "train", "validation": "validation", "families": "held_out",
-                "unseen_tools": "held_out"}  # fmt: skip
+                "unseen_tools": "held_out", "renamed_tools": "held_out"}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -73,6 +73,7 @@ class _Set:
         self.num_requests = 0
         self.ids: set[str] = set()
         self.values: set[tuple[str, str]] = set()  # tool and argument value, of training
+        self.names: set[str] = set()  # under which training offers tools
         self.sample: list[str] = []
 
     def check(self, name: str) -> Check:
@@ -87,8 +88,10 @@ class _Set:
         self._note("ids are unique", f"'{one.id}' again" if one.id in self.ids else None, where)
         self.ids.add(one.id)
         self._note("split by families", self._family_problem(one), where)
-        self._note("unseen tools unseen", _unseen_problem(one), where)
-        self._overlap(one, where)
+        if problem is None:
+            self._note("unseen tools unseen", _unseen_problem(one), where)
+            self._note("renamed tools renamed", self._renaming_problem(one), where)
+            self._overlap(one, where)
         if one.template not in part.templates:
             part.templates[one.template] = one.template_text
             if one.part == "train" and len(self.sample) < NGRAM_SAMPLE:
@@ -97,7 +100,8 @@ class _Set:
         part.kinds[one.kind] += 1
         part.categories[one.category] += 1
         part.families[one.family] += 1
-        part.tools.update(str(call["name"]) for call in one.expected)
+        if problem is None:
+            part.tools.update(str(call["name"]) for call in one.own_calls)
         part.lengths.append(len(one.request))
         too_long = len(one.request) > MAX_REQUEST_CHARACTERS
         self._note("request length", f"a request of {len(one.request)} characters" if too_long else None, where)
@@ -114,22 +118,30 @@ class _Set:
         wanted = _WRONG_SPLIT[one.part]
         return None if family.split == wanted else f"the family '{one.family}' is of '{family.split}', not '{wanted}'"
 
+    def _renaming_problem(self, one: Dialogue) -> str | None:
+        offered = {tool["function"]["name"] for tool in one.tools}
+        if one.part == "train":
+            self.names |= offered
+        elif one.part == "renamed_tools" and (known := sorted(offered & self.names)):
+            return f"training offers a tool under the name '{known[0]}'"
+        return None
+
     def _overlap(self, one: Dialogue, where: str) -> None:
         first = self.requests.setdefault(one.request, one.part)
         other = f"the request is also in '{first}'" if first != one.part else None
         self._note("no overlap of parts", other, where)
         self.num_requests += 1
         if one.part == "train":
-            self.values |= values_of(one.expected)
+            self.values |= values_of(one.own_calls)
         elif one.part == "fresh_values":
-            is_fresh = not values_of(one.expected[:1]) <= self.values
+            is_fresh = not values_of(one.own_calls[:1]) <= self.values
             self._note("fresh values are fresh", None if is_fresh else "training has all its values", where)
 
 
 def _unseen_problem(one: Dialogue) -> str | None:
-    offered = {tool["function"]["name"] for tool in one.tools}
+    offered = {shown_tool(one, tool["function"]["name"]).tool.name for tool in one.tools}
     if one.part == "unseen_tools":
-        called = [call["name"] for call in one.expected if call["name"] not in UNSEEN]
+        called = [call["name"] for call in one.own_calls if call["name"] not in UNSEEN]
         return f"it calls '{called[0]}', which training sees" if called else None
     shown = sorted(offered & set(UNSEEN))
     return f"'{shown[0]}' is offered" if shown else None
@@ -188,7 +200,7 @@ def _templates_apart(found: _Set) -> Check:
     """All templates of all parts; fresh values are of training templates."""
     check, known = Check("templates distinct"), DistinctSets(THRESHOLD)
     names: list[str] = []
-    for part in ("train", "validation", "families", "unseen_tools"):
+    for part in ("train", "validation", "families", "unseen_tools", "renamed_tools"):
         for name, text in found.parts[part].templates.items():
             tokens = masked_tokens(text)
             near = known.near(tokens)

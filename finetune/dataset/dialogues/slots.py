@@ -26,13 +26,13 @@ def _arithmetic(drawer: Drawer, fixed: Fixed) -> Slots:
         case "power":
             return {"a": drawer.integer(2, 60), "b": drawer.integer(2, 6)}
         case "divide":
-            return {"a": drawer.integer(20, 6000), "b": drawer.integer(2, 48)}
+            return {"a": drawer.integer(20, 20000), "b": drawer.integer(2, 48)}
         case "multiply":
             return {"a": drawer.integer(3, 900), "b": drawer.integer(2, 160)}
         case "subtract":
-            high = drawer.integer(30, 9000)
+            high = drawer.integer(30, 90000)
             return {"a": high, "b": drawer.integer(2, max(9, int(high.value) - 1))}
-    return {"a": drawer.integer(4, 9000), "b": drawer.integer(2, 9000)}
+    return {"a": drawer.integer(4, 90000), "b": drawer.integer(2, 90000)}
 
 
 def _two_wholes(drawer: Drawer, fixed: Fixed) -> Slots:
@@ -43,7 +43,7 @@ def _two_wholes(drawer: Drawer, fixed: Fixed) -> Slots:
 
 
 def _percent_change(drawer: Drawer, fixed: Fixed) -> Slots:
-    return {"before": drawer.integer(10, 3000), "after": drawer.integer(10, 3000)}
+    return {"before": drawer.integer(10, 20000), "after": drawer.integer(10, 20000)}
 
 
 def _combinations(drawer: Drawer, fixed: Fixed) -> Slots:
@@ -68,7 +68,7 @@ def _bill(drawer: Drawer, fixed: Fixed) -> Slots:
 
 def _interest(drawer: Drawer, fixed: Fixed) -> Slots:
     rate = drawer.decimal(1, 9, 1)
-    return {"principal": drawer.integer(100, 9000), "rate_percent": rate, "years": drawer.integer(2, 25)}
+    return {"principal": drawer.integer(100, 80000), "rate_percent": rate, "years": drawer.integer(2, 25)}
 
 
 def _letter(drawer: Drawer, fixed: Fixed) -> Slots:
@@ -135,7 +135,7 @@ def _units(units: Mapping[str, float] | tuple[str, ...], low: int, high: int) ->
 
 
 def _to_base(drawer: Drawer, fixed: Fixed) -> Slots:
-    return {"number": drawer.integer(13, 9000), "base": drawer.number(_base(drawer))}
+    return {"number": drawer.integer(13, 60000), "base": drawer.number(_base(drawer))}
 
 
 def _from_base(drawer: Drawer, fixed: Fixed) -> Slots:
@@ -189,13 +189,13 @@ def _color(drawer: Drawer, fixed: Fixed) -> Slots:
 
 _DRAWS: Mapping[str, Draw] = {
     "arithmetic": _arithmetic,
-    "percent_of": lambda d, f: {"percent": d.integer(2, 95), "value": d.integer(20, 4000)},
+    "percent_of": lambda d, f: {"percent": d.integer(2, 95), "value": d.integer(20, 60000)},
     "percent_change": _percent_change,
     "statistics": lambda d, f: {"numbers": d.numbers(2, 200)},
-    "root": lambda d, f: {"value": d.integer(3, 9000), "degree": d.integer(3, 6)},
+    "root": lambda d, f: {"value": d.integer(3, 60000), "degree": d.integer(3, 6)},
     "greatest_common_divisor": _two_wholes,
     "least_common_multiple": _two_wholes,
-    "is_prime": lambda d, f: {"number": d.integer(11, 9999)},
+    "is_prime": lambda d, f: {"number": d.integer(11, 50000)},
     "prime_factors": lambda d, f: {"number": d.integer(12, 9999)},
     "factorial": lambda d, f: {"number": d.integer(3, 12)},
     "combinations": _combinations,

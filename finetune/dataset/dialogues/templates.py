@@ -26,7 +26,7 @@ THRESHOLD = 0.8
 MAX_TRIES = 400
 """In a row for one template. In a set of 6,000 the worst one needs about a tenth of that."""
 BARE_SHARE, TAIL_SHARE = 0.15, 0.35
-Part = Literal["train", "validation", "families", "unseen_tools"]
+Part = Literal["train", "validation", "families", "unseen_tools", "renamed_tools"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ def make_templates(counts: Mapping[Part, int], seed: int) -> Iterator[Template]:
     known = DistinctSets(THRESHOLD)
     splits: Mapping[Part, Split] = {
         "train": "train", "validation": "validation", "families": "held_out", "unseen_tools": "held_out",
+        "renamed_tools": "held_out",
     }  # fmt: skip
     for part, count in counts.items():
         families = scenarios().of(splits[part])
@@ -65,7 +66,8 @@ def make_templates(counts: Mapping[Part, int], seed: int) -> Iterator[Template]:
 
 def _plan(part: Part, count: int) -> Iterator[tuple[int, Kind, str]]:
     """(number, kind, group) of each template. Kinds are mixed, so that the first thousand are like the last."""
-    kinds = {"tool_used": 1.0} if part == "unseen_tools" else {str(kind): share for kind, share in SHARES.items()}
+    only_calls = part in ("unseen_tools", "renamed_tools")
+    kinds = {"tool_used": 1.0} if only_calls else {str(kind): share for kind, share in SHARES.items()}
     turns = dict.fromkeys(KINDS, 0)
     for number, name in enumerate(mixed(kinds, count)):
         kind = next(kind for kind in KINDS if kind == name)

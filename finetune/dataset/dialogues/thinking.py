@@ -6,7 +6,6 @@ none is; values are not repeated, the call itself has them.
 
 from finetune.dataset.dialogues.drawing import Dice
 from finetune.dataset.dialogues.subjects import Subject
-from finetune.dataset.dialogues.toolbox import TOOLS
 
 _CALL = ("I should {purpose}. The tool {tool} can do that.", "{tool} can {purpose}, so I call it.",
          "To answer I have to {purpose}, which {tool} does.")  # fmt: skip
@@ -22,9 +21,9 @@ _NO_CALL = {
 }
 
 
-def before_call(tool: str, number: int, dice: Dice) -> str:
-    """`number`: of the call, from 0."""
-    return dice.pick(_NEXT if number else _CALL).format(tool=tool, purpose=TOOLS[tool].purpose)
+def before_call(tool: str, purpose: str, number: int, dice: Dice) -> str:
+    """`tool`: as it is offered. `number`: of the call, from 0."""
+    return dice.pick(_NEXT if number else _CALL).format(tool=tool, purpose=purpose)
 
 
 def before_answer(subject: Subject, *, refused: bool, dice: Dice) -> str:

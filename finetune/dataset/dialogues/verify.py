@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune.dataset.dialogues.examples import Dialogue
+from finetune.dataset.dialogues.examples import Dialogue, shown_tool
 from finetune.dataset.dialogues.tool import ArgumentsError, check_arguments, run_tool
 from finetune.dataset.dialogues.toolbox import TOOLS
 from finetune.gate.expected import parse_arguments
@@ -29,7 +29,11 @@ def form_problem(dialogue: Dialogue) -> str | None:
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     for tool in dialogue.tools:
         name = tool["function"]["name"]
-        if name not in TOOLS or tool != TOOLS[name].signature():
+        try:
+            signature = shown_tool(dialogue, name).signature()
+        except KeyError:
+            return f"there is no tool '{name}'"
+        if tool != signature:
             return f"the signature of '{name}' is not the tool's"
     if not 0 <= dialogue.difficulty <= 1:
         return f"the difficulty {dialogue.difficulty} is not in [0, 1]"
@@ -70,7 +74,7 @@ def _arguments_problem(dialogue: Dialogue, calls: Sequence[Mapping[str, Any]]) -
 def result_problem(dialogue: Dialogue) -> str | None:
     """What a tool says otherwise when it is run again. For examples whose form is right."""
     contents = [message["content"] for message in dialogue.messages if message["role"] == "tool"]
-    for call, content in zip(dialogue.expected, contents, strict=True):
+    for call, content in zip(dialogue.own_calls, contents, strict=True):
         again = run_tool(TOOLS[call["name"]], call["arguments"])
         if again != content:
             return f"'{call['name']}' says {again:.80}, not {content!r:.80}"

@@ -56,8 +56,32 @@ PALINDROMES = (
 )  # fmt: skip
 
 
+_FIRST = tuple(
+    """ba bel bor da del dro fa fen gar hal jor ka kel lo mar mi nor o pa quin ra sel ta tor u va wen yor zan""".split()  # noqa: SIM905 - readable
+)
+_MIDDLE = tuple(
+    """ber da do la le li lo ma men na ne ni ra ri ro ta ti to va ve vi za""".split()  # noqa: SIM905 - readable
+)
+_LAST = tuple(
+    """bert da dell din ek en field ford ik ina is ko la lin mar nov o ra ric rum sen ski son ta
+    ton us vik wick""".split()  # noqa: SIM905 - readable
+)
+COINED_SHARE = 0.3
+"""Of names: ones that nobody has, so that copying is learned letter by letter too, and not only words from a list."""
+
+
+def name(dice: Dice) -> str:
+    return coined(dice) if dice.chance(COINED_SHARE) else dice.pick(NAMES)
+
+
+def coined(dice: Dice) -> str:
+    """A surname or a brand that does not exist: some 20,000 of them."""
+    middle = dice.pick(_MIDDLE) if dice.chance(0.6) else ""
+    return (dice.pick(_FIRST) + middle + dice.pick(_LAST)).capitalize()
+
+
 def word(dice: Dice) -> str:
-    return dice.pick(dice.pick([NOUNS, NOUNS, NAMES, ADJECTIVES]))
+    return name(dice) if dice.chance(0.25) else dice.pick(dice.pick([NOUNS, NOUNS, ADJECTIVES]))
 
 
 def code(dice: Dice) -> str:
@@ -68,23 +92,24 @@ def code(dice: Dice) -> str:
 
 def phrase(dice: Dice, words: Mapping[str, Sequence[str]]) -> str:
     """Two to nine words, as on signs, labels and in notes. No quotation marks."""
-    noun, other, adjective, name = dice.pick(NOUNS), dice.pick(NOUNS), dice.pick(ADJECTIVES), dice.pick(NAMES)
+    noun, other, adjective = dice.pick(NOUNS), dice.pick(NOUNS), dice.pick(ADJECTIVES)
+    who = name(dice)
     things, place = dice.pick(words["things"]), dice.pick(PLACES)
     shapes = (
-        f"{adjective} {things} for {name}",
-        f"{name} {dice.pick(PAST)} the {adjective} {noun}",
+        f"{adjective} {things} for {who}",
+        f"{who} {dice.pick(PAST)} the {adjective} {noun}",
         f"please {dice.pick(VERBS)} the {noun} and the {other}",
         f"{noun} and {other} on {dice.pick(DAYS)}",
         f"the {adjective} {noun} is {place}",
         f"no {things} {place} after {dice.between(2, 11)} o'clock",
         f"{adjective} {noun}",
         f"{noun} {other} {dice.pick(NOUNS)}",
-        f"{name} and {dice.pick(NAMES)} {dice.pick(VERBS)} {things} {place}",
+        f"{who} and {dice.pick(NAMES)} {dice.pick(VERBS)} {things} {place}",
         f"{things} {code(dice)}",
         f"{dice.pick(VERBS)} {adjective} {things}",
-        f"ask {name} about the {noun} {place}",
+        f"ask {who} about the {noun} {place}",
         f"{dice.pick(['only', 'just', 'about'])} {dice.between(2, 90)} {things} left",
-        f"{name} says the {other} {dice.pick(['looks', 'feels', 'seems'])} {adjective}",
+        f"{who} says the {other} {dice.pick(['looks', 'feels', 'seems'])} {adjective}",
         f"{dice.pick(DAYS)} {adjective} {noun} club",
         " ".join(dice.sample(NOUNS, dice.between(2, 5))),
     )

@@ -102,6 +102,7 @@ FAULTS: list[tuple[str, Callable[[dict[str, Any]], None], str]] = [
     ("schema valid", _break_arguments, "argument"),
     ("schema valid", _break_signature, "signature"),
     ("schema valid", _call_what_is_not_offered, "not offered"),
+    ("schema valid", lambda row: row["tools"][0]["function"].update(name="teleport"), "no tool 'teleport'"),
     ("schema valid", _end_without_answer, "the messages come as"),
     ("split by families", _move_family, "'railway' is of 'held_out'"),
     ("request length", lambda row: _say(row, "x" * 700), "700 characters"),
@@ -143,6 +144,17 @@ def test_tools_kept_unseen_must_not_be_offered_in_training(tiny: Path, tmp_path:
     tools = [dict(tool) for tool in unseen.tools]
     found = _changed(tiny, tmp_path, "validation.jsonl", lambda rows: rows[0]["tools"].extend(tools))
     assert "unseen tools unseen" in {one["name"] for one in found["checks"] if not one["ok"]}
+
+
+def test_names_kept_for_renamed_tools_must_not_be_offered_in_training(tiny: Path, tmp_path: Path) -> None:
+    other = next(one for one in read_dialogues(tiny / "held_out.jsonl") if one.part == "renamed_tools")
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        row = next(row for row in rows if not row["tools"])
+        row["tools"], row["aliases"] = [dict(tool) for tool in other.tools], dict(other.aliases)
+
+    found = _changed(tiny, tmp_path, "train.jsonl", change)
+    assert "renamed tools renamed" in {one["name"] for one in found["checks"] if not one["ok"]}
 
 
 def test_a_set_that_lost_a_kind_or_a_tool_is_out_of_balance(tiny: Path, tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 """Tools: what they say, what they refuse, and that their signatures and arguments are what OpenAI's clients expect."""
 
 import json
+import tomllib
 from typing import Any
 
 import jsonschema_rs
 import pytest
 
+from finetune.dataset.dialogues.drawing import Dice
 from finetune.dataset.dialogues.examples import Dialogue
+from finetune.dataset.dialogues.renaming import ShownTool, renamed
+from finetune.dataset.dialogues.scenarios import HERE
 from finetune.dataset.dialogues.tool import ArgumentsError, check_arguments, run_tool
 from finetune.dataset.dialogues.toolbox import SEEN, TOOLS, UNSEEN
 from server.openai.protocol.chat import ChatRequest
@@ -90,10 +94,12 @@ def test_the_signatures_are_ones_that_the_server_takes() -> None:
 
 
 def test_our_check_of_arguments_agrees_with_a_json_schema_library(tiny_dialogues: list[Dialogue]) -> None:
-    validators = {name: jsonschema_rs.validator_for(dict(tool.parameters)) for name, tool in TOOLS.items()}
+    # JSON Schema lets further keys pass unless it is told not to; ours refuses them.
+    closed = {name: {**tool.parameters, "additionalProperties": False} for name, tool in TOOLS.items()}
+    validators = {name: jsonschema_rs.validator_for(schema) for name, schema in closed.items()}
     num_checked = 0
     for one in tiny_dialogues:
-        for call in one.expected:
+        for call in one.own_calls:
             arguments = dict(call["arguments"])
             assert validators[call["name"]].is_valid(arguments)
             for name in arguments:  # and each way of breaking it
@@ -106,3 +112,29 @@ def test_our_check_of_arguments_agrees_with_a_json_schema_library(tiny_dialogues
                         fits = False
                     assert fits == validators[call["name"]].is_valid(broken), (call["name"], broken)
     assert num_checked > 1000
+
+
+def test_renamed_tools_are_the_same_tools(tiny_dialogues: list[Dialogue]) -> None:
+    trained: set[str] = set()
+    for number, name in enumerate([*SEEN] * 20):
+        tool, dice = TOOLS[name], Dice("rename", number)
+        for held_out in (False, True):
+            shown = renamed(tool, dice, held_out=held_out)
+            own = {key: object() for key in tool.parameters["properties"]}
+            assert len(set(shown.arguments.values())) == len(own), shown
+            assert shown.own(shown.shown(own)) == own
+            assert shown.is_renamed
+            assert shown.name not in TOOLS
+            assert ShownTool.from_alias(shown.name, shown.alias()) == shown
+            jsonschema_rs.meta.validate(shown.signature()["function"]["parameters"])
+            trained |= {shown.name} if not held_out else set()
+            assert not (held_out and shown.name in trained)
+    share = sum(bool(one.aliases) for one in tiny_dialogues if one.part == "train") / 600
+    assert 0.1 < share < 0.3
+    assert not any(one.aliases for one in tiny_dialogues if one.part in ("families", "unseen_tools", "fresh_values"))
+    assert all(len(one.aliases) == len(one.tools) for one in tiny_dialogues if one.part == "renamed_tools")
+
+
+def test_no_two_tools_share_a_name() -> None:
+    names = [name for many in tomllib.loads((HERE / "aliases.toml").read_text())["tools"].values() for name in many]
+    assert len(names) == len(set(names)) == 4 * len(SEEN)
