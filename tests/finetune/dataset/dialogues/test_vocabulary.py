@@ -21,6 +21,7 @@ from quant.model_types import TokenizerSource
 from server.openai.protocol.chat import ChatRequest
 from server.text.tokenizer import build_tokenizer
 from server.tools.constraint import ConstraintFactory
+from tests.server.text.peer import llamacpp_tokens
 
 SIZE = 1024
 MESSAGES = [
@@ -162,3 +163,23 @@ def test_a_gguf_file_holds_the_same_tokenizer(
     assert read.chat_template_text == chat_template()
     for one in tiny_dialogues[::50]:
         assert read.encode_chat(one.request) == renderer.tokenizer.encode_chat(one.request)
+
+
+@pytest.mark.real_peer
+def test_llamacpp_tokenizes_dialogues_as_we_do(
+    vocabulary: SmallVocabulary, renderer: Renderer, tiny_dialogues: list[Dialogue], tmp_path: Path
+) -> None:
+    path = tmp_path / "vocabulary.gguf"
+    config = {"general.architecture": "llama", "llama.context_length": 512, "llama.embedding_length": 256,
+              "llama.block_count": 1, "llama.feed_forward_length": 256, "llama.attention.head_count": 4,
+              "llama.attention.layer_norm_rms_epsilon": 1e-5}  # fmt: skip
+    write_gguf(path, {**config, **vocabulary.described().metadata()}, [])
+    tokenizer = renderer.tokenizer
+    rendered = []
+    for one in tiny_dialogues[::5]:
+        turn = turns(one)[-1]
+        rendered.append(renderer.planner.render(chat_request(turn.request)))
+    answer = llamacpp_tokens(path, rendered, add_special=False)
+    assert [tokenizer.encode_chat(text) for text in rendered] == answer["ids"]
+    assert tokenizer.eog_token_ids == frozenset(answer["eog"])
+    assert [tokenizer.token_bytes(i).hex() for i in range(tokenizer.vocab_size)] == answer["pieces"]
