@@ -1,0 +1,170 @@
+"""Ternary files that we write, in llama.cpp; and one that gguf-py's quantizer wrote, here: the same model in both.
+
+The model is made, not trained, so that the comparison says something: with plain random weights the two likeliest of
+many tokens are so close that any rounding swaps them. Here the head looks for the token that follows the present one in
+a fixed order, and the layers' outputs are as large as the embedding and overrule it in some percent of the positions.
+With the rows of Q and K in the wrong order the comparison fails by far. Teacher-forced over 14,000 positions of text.
+"""
+
+import json
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from quant.export import export_gguf
+from quant.export_types import choose_types
+from quant.formats import GGMLType
+from quant.gguf_metadata import config_metadata
+from quant.gguf_writer import TensorSource, write_gguf
+from quant.model_file import ModelFile, open_model
+from quant.rope_order import file_rows
+from quant.tensor_rules import is_query_or_key
+from server.engine.weights import load_core
+from server.text.gguf_export import gguf_tokenizer_metadata
+from tests.server.engine.reference import TEXT_NAMES, core_logits, text_ids
+from tests.server.text.peer import PEER_PYTHON
+from tests.tiny_models import interleave_rows, tiny_weights, write_tiny_gguf, write_tiny_hf
+from tests.tiny_weights import TinyShape
+
+pytestmark = [pytest.mark.real_peer, pytest.mark.slow]
+PEER_SCRIPT = Path(__file__).parents[1] / "finetune" / "model" / "llamacpp_logits_peer.py"
+SHAPE: dict[str, Any] = {"hidden": 256, "ffn": 768, "heads": 4, "kv_heads": 2, "layers": 3, "tie": False,
+                         "context_length": 4096}  # fmt: skip
+HEAD_SCALE = np.float32(0.04)
+SCALES = {  # queries so large that attention picks a few positions: else it is a mean of all, and hardly seen
+    "attn_q.weight": np.float32(2),
+    "attn_output.weight": np.float32(1.6),
+    "ffn_down.weight": np.float32(1.8),
+}
+
+
+def weights() -> dict[str, np.ndarray]:
+    """By the names and in the row order of GGUF's half-split twin, a Hugging Face directory."""
+    found = tiny_weights(TinyShape(**SHAPE))
+    rng = np.random.default_rng(7)
+    embedding = rng.standard_normal(found["token_embd.weight"].shape).astype(np.float32)
+    found["token_embd.weight"] = embedding
+    found["output.weight"] = HEAD_SCALE * embedding[rng.permutation(len(embedding))]
+    for name in found:
+        kind = name.split(".", 2)[-1]
+        found[name] = SCALES.get(kind, np.float32(1)) * found[name]
+    return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    top1: float
+    widest_gap: float
+    """llama.cpp's between its two likeliest tokens, where the likeliest differ."""
+    perplexities: tuple[float, float]
+    positions: int
+
+
+def compare(path: Path, other: Path | None = None, isa: str = "auto", limit: int | None = None) -> Comparison:
+    """`path` here and `other` (the same file) in llama.cpp."""
+    file = open_model(path)
+    texts = [part for name in TEXT_NAMES for part in pieces(text_ids(file, name))][:limit]
+    core = load_core(file, isa=isa, num_threads=1, num_blocks=128, max_num_seqs=1, max_batch_tokens=64)
+    ours = [np.concatenate(list(core_logits(core, ids))) for ids in texts]
+    theirs = llamacpp_logits(other or path, [ids.tolist() for ids in texts], path.with_suffix(".npz"))
+    a, b = np.concatenate(ours), np.concatenate(theirs)
+    same = a.argmax(1) == b.argmax(1)
+    top = np.partition(b, -2, axis=1)
+    gaps = (top[:, -1] - top[:, -2])[~same]
+    targets = [ids[1:] for ids in texts]
+    return Comparison(
+        float(same.mean()),
+        float(gaps.max(initial=0)),
+        (perplexity(ours, targets), perplexity(theirs, targets)),
+        len(a),
+    )
+
+
+def pieces(ids: np.ndarray) -> list[np.ndarray]:
+    return [ids[start : start + 2000] for start in range(0, len(ids), 2000)]
+
+
+def perplexity(logits: list[np.ndarray], targets: list[np.ndarray]) -> float:
+    losses = []
+    for rows, ids in zip(logits, targets, strict=True):
+        wide = rows[:-1].astype(np.float64)
+        highest = wide.max(1, keepdims=True)
+        total = highest[:, 0] + np.log(np.exp(wide - highest).sum(1))
+        losses.append(total - wide[np.arange(len(ids)), ids])
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+def llamacpp_logits(model: Path, texts: list[list[int]], output: Path) -> list[np.ndarray]:
+    request = {"model": str(model), "loras": [None], "texts": texts, "output": str(output)}
+    done = subprocess.run([PEER_PYTHON, str(PEER_SCRIPT)], input=json.dumps(request), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with np.load(output) as found:
+        return [found[f"0/{i}"] for i in range(len(texts))]
+
+
+def export(folder: Path, wanted: GGMLType) -> Path:
+    source = open_model(write_tiny_hf(folder / "hf", replace=weights(), **SHAPE))
+    tensors = {name: (t.type, t.shape) for name, t in source.tensors.items()}
+    metadata = config_metadata(source.config, wanted) | gguf_tokenizer_metadata(source.tokenizer, 384)
+    export_gguf(source, folder / "m.gguf", choose_types(source.path, tensors, wanted), metadata)
+    return folder / "m.gguf"
+
+
+def check(found: Comparison) -> None:
+    assert found.positions >= 10_000
+    assert found.top1 >= 0.99
+    assert found.widest_gap < 0.1
+    ours, theirs = found.perplexities
+    assert ours == pytest.approx(theirs, rel=0.005)
+
+
+@pytest.mark.parametrize("wanted", [GGMLType.TQ1_0, GGMLType.TQ2_0])
+def test_our_export_in_llamacpp(tmp_path: Path, wanted: GGMLType) -> None:
+    path = export(tmp_path, wanted)
+    assert open_model(path).tensors["blk.0.attn_q.weight"].type is wanted
+    check(compare(path))
+
+
+def test_rows_in_the_wrong_order_would_be_found(tmp_path: Path) -> None:
+    path = export(tmp_path, GGMLType.TQ2_0)
+    wrong = tmp_path / "wrong.gguf"
+    reordered(open_model(path), wrong)
+    found = compare(path, wrong)
+    assert found.widest_gap > 1
+    assert found.perplexities[1] != pytest.approx(found.perplexities[0], rel=0.02)
+
+
+def reordered(file: ModelFile, path: Path) -> None:
+    """The model with Q and K permuted once more, as if its source's rows had been in the file's order."""
+
+    def tensor(name: str) -> TensorSource:
+        found, order = file.tensors[name], file_rows(file.config, name)
+        rows = found.read().reshape(found.shape[0], -1)
+        data = np.ascontiguousarray(rows if order is None else rows[order])
+        return TensorSource(name, found.type, found.shape, lambda: [data])
+
+    metadata = {f"tokenizer.{key}": value for key, value in file.tokenizer.metadata.items()}
+    config = replace(file.config, name="wrong")
+    write_gguf(path, config_metadata(config, GGMLType.TQ2_0) | metadata, [tensor(name) for name in file.tensors])
+
+
+@pytest.mark.parametrize("wanted", [GGMLType.TQ1_0, GGMLType.TQ2_0])
+def test_a_file_of_gguf_pys_quantizer_here(tmp_path: Path, wanted: GGMLType) -> None:
+    path = write_tiny_gguf(
+        tmp_path / "m.gguf", linear_type=wanted, embedding_type=GGMLType.Q8_0, replace=in_file_order(), **SHAPE
+    )
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == "llama"
+    check(compare(path))
+
+
+def in_file_order() -> dict[str, np.ndarray | None]:
+    """The weights as they belong into a GGUF file."""
+    head_dim = SHAPE["hidden"] // SHAPE["heads"]
+    return {
+        name: interleave_rows(array, head_dim) if is_query_or_key(name) else array for name, array in weights().items()
+    }
