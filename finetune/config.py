@@ -41,7 +41,9 @@ class FinetuneSettings(BaseModel):
     host: Annotated[str, Field(min_length=1)] = Field("127.0.0.1", description="address of metrics and triggers")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8001, description="their port; 0 picks a free one")
     min_new_traces: Count = Field(200, description="new traces with a usable label after which a round begins")
-    every_hours: Positive | None = Field(None, description="a round every so many hours, whatever is new [never]")
+    every_hours: Positive | None = Field(
+        None, description="a round every so many hours, if anything is new [never]"
+    )
     episode_idle_minutes: Positive = Field(10.0, description="an episode is over when nothing came for so long")
     poll_seconds: Positive = Field(30.0, description="between two looks at what is new, and at canaries")
     webhook_urls: Annotated[tuple[WebhookUrl, ...], BeforeValidator(one_or_many)] = Field(
@@ -127,8 +129,9 @@ class FinetuneSettings(BaseModel):
     min_stratum_clusters: Count = Field(
         25, description="of them, with a trace that expects a call, and with one that expects none"
     )
-    canary_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.2, description="share of episodes that a version answers after the gate"
+    canary_share: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.2,
+        description="share of episodes that a version answers after the gate, beside the others",
     )
     hold_back_share: Share = Field(0.1, description="share that stays on the predecessor after a promotion")
 

@@ -6,6 +6,7 @@ rendered (render.py). What cannot be used comes back as the reason.
 
 import hashlib
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -29,9 +30,11 @@ from server.traces.feedback import Feedback
 
 
 class Candidates:
-    def __init__(self, renderer: Renderer, selection: Selection) -> None:
+    def __init__(self, renderer: Renderer, selection: Selection, *, not_before: datetime | None = None) -> None:
+        """`not_before`: older traces are left out, whatever they are."""
         self.renderer = renderer
         self.selection = selection
+        self._not_before = not_before
 
     def question(self, trace: LoggedTrace) -> str:
         return normalized(question_text(trace.request.get("messages") or ()))
@@ -39,6 +42,8 @@ class Candidates:
     def examples(self, trace: LoggedTrace, near: NearTexts, seen: set[bytes]) -> list[ExampleRow] | Drop:
         """`near`: held-out questions. `seen`: prompt and answer of the examples before, added to; newer ones stay."""
         chosen = self.selection
+        if self._is_expiring(trace):
+            return Drop.EXPIRING
         targets = train_targets(
             trace,
             min_score=chosen.min_score,
@@ -64,7 +69,7 @@ class Candidates:
         return rows or reason
 
     def held_out(self, trace: LoggedTrace) -> HeldOutRow | Drop:
-        target = held_out_target(trace)
+        target = Drop.EXPIRING if self._is_expiring(trace) else held_out_target(trace)
         if isinstance(target, Drop):
             return target
         rendered = self._render(trace, target)
@@ -89,6 +94,9 @@ class Candidates:
             answer_ids=rendered.answer_ids,
             classes=class_digits(rendered.classes),
         )
+
+    def _is_expiring(self, trace: LoggedTrace) -> bool:
+        return self._not_before is not None and trace.created_at < self._not_before
 
     def _example(self, trace: LoggedTrace, target: Target, rendered: Rendered, question: str) -> ExampleRow:
         rejected = self._rejected(trace, target)

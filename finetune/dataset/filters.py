@@ -41,6 +41,7 @@ class Drop(StrEnum):
     NEAR_HELD_OUT = "near_held_out"
     KEY_SHARE = "key_share"
     OVER_BUDGET = "over_budget"
+    EXPIRING = "expiring"  # the log's age limit takes it soon: the round would have to begin anew without it
     # Of replayed examples only:
     HELD_OUT_NOW = "held_out_now"
     DELETED = "deleted"

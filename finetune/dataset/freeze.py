@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -71,25 +72,26 @@ def freeze(
     earlier: Sequence[Snapshot] = (),
     general: Iterable[ExampleRow] = (),
     until_seq: int | None = None,
+    not_before: datetime | None = None,
 ) -> Snapshot:
     """The snapshot of the log as it is now, in `root/<adapter>/`. `earlier`: of which examples are replayed.
 
     `until_seq`: the newest trace that it may hold, so that a round that begins anew does so on the same traces.
+    `not_before`: when the oldest came.
 
     Raises NothingToLearnError with the number of traces that each filter dropped.
     """
     until = last_seq(database) if until_seq is None else until_seq
-    candidates = Candidates(renderer, selection)
+    candidates = Candidates(renderer, selection, not_before=not_before)
     parts: dict[Part, _Part] = {part: _Part() for part in FILES}
     folder = root / selection.adapter
     with new_folder(folder) as partial, tempfile.TemporaryFile(dir=partial) as spool:
         near, held_out = _held_out(database, candidates, until, parts["held_out"].dropped)
-        kept = _train(database, candidates, near, until, spool, parts["train"].dropped)
+        kept, reached = _train(database, candidates, near, until, spool, parts["train"].dropped)
         if len(kept) < selection.min_examples:
             dropped = {str(reason): count for reason, count in sorted(parts["train"].dropped.items())}
             raise NothingToLearnError(selection.adapter, len(kept), selection.min_examples, dropped)
-        taken = {one.seq for one in kept}
-        replayed = replay_rows(database, candidates, near, earlier, taken, parts["replay"].dropped)
+        replayed = replay_rows(database, candidates, near, earlier, reached, parts["replay"].dropped)
         parts["train"].write(partial / FILES["train"], _spooled(spool, kept))
         parts["replay"].write(partial / FILES["replay"], replayed)
         parts["general"].write(partial / FILES["general"], general)
@@ -146,8 +148,8 @@ def _train(
     until: int,
     spool: IO[bytes],
     dropped: Counter[Drop],
-) -> list[_Kept]:
-    """Fills the spool; returns what is kept of it, oldest first."""
+) -> tuple[list[_Kept], int]:
+    """Fills the spool; returns what is kept of it, oldest first, and the oldest trace that was looked at (0: all)."""
     selection = candidates.selection
     share, floor = selection.max_key_share, selection.min_key_examples
     num_keys = len(count_by_key(database, selection.adapter, "train", until_seq=until))
@@ -155,12 +157,15 @@ def _train(
     counts: Counter[str] = Counter()
     seen: set[bytes] = set()
     kept: list[_Kept] = []
+    reached, newest = 0, until + 1
     scanned = read_traces(database, selection.adapter, "train", until_seq=until)
     for num_scanned, trace in enumerate(scanned):
         if num_scanned == selection.max_scanned or len(kept) >= selection.max_examples:
             total = count_traces(database, selection.adapter, "train", until_seq=until)
             dropped[Drop.OVER_BUDGET] += total - num_scanned
+            reached = newest
             break
+        newest = trace.seq
         if counts[trace.key_id] >= limit:
             dropped[Drop.KEY_SHARE] += 1
             continue
@@ -173,7 +178,7 @@ def _train(
             kept.append(_Kept(trace.seq, turn, trace.key_id, spool.tell(), len(line)))
             spool.write(line)
         counts[trace.key_id] += len(rows)
-    return _within_shares(kept, key_limit(counts, max_share=share, min_count=floor), dropped)
+    return _within_shares(kept, key_limit(counts, max_share=share, min_count=floor), dropped), reached
 
 
 def _within_shares(kept: Sequence[_Kept], limit: int, dropped: Counter[Drop]) -> list[_Kept]:

@@ -1,15 +1,15 @@
 """The general set: the base's own greedy answers to everyday prompts, so that what it could before is not forgotten.
 
-Asked through the server's API, marked as evaluation, and turned into examples that are trained with KL to the base.
+Turned into examples that are trained with KL to the base. Who asks is finetune/rounds/regression.py.
 Some of the prompts are asked with tools of the training data offered: none of them fits, and the base, which does not
 call them, shows what not calling looks like. Answers in which it attempts a call all the same are left out.
 """
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from finetune.dataset.errors import UnrenderableError
 from finetune.dataset.near import normalized
@@ -25,12 +25,6 @@ TOOLS_SHARE = 0.5
 MAX_TOOL_SETS = 64
 MAX_LOOKED_AT = 2_000
 """Traces in which sets of tools are looked for: a second or two."""
-
-
-class Ask(Protocol):
-    """Sends one body to `/v1/chat/completions` of the base, as evaluation; returns the response's body."""
-
-    def __call__(self, body: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +64,6 @@ def general_requests(
         tools = tool_sets[(draw >> 32) % len(tool_sets)] if has_tools else ()
         found.append(GeneralRequest(f"general:{number}", [{"role": "user", "content": prompt}], tools))
     return found
-
-
-def general_rows(
-    renderer: Renderer, requests: Sequence[GeneralRequest], ask: Ask, *, model: str
-) -> Iterator[ExampleRow]:
-    """Asks one after the other; a pause between two is the caller's (in `ask`)."""
-    for request in requests:
-        body = {"model": model, "messages": list(request.messages), "temperature": 0, "max_tokens": MAX_ANSWER_TOKENS}
-        if request.tools:
-            body["tools"] = list(request.tools)
-        (choice,) = ask(body)["choices"]
-        row = general_row(renderer, request, choice)
-        if row is not None:
-            yield row
 
 
 def general_row(renderer: Renderer, request: GeneralRequest, choice: Mapping[str, Any]) -> ExampleRow | None:

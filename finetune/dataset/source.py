@@ -92,6 +92,16 @@ def read_by_seq(database: Database, seqs: Sequence[int]) -> dict[int, LoggedTrac
     return found
 
 
+def existing_seqs(database: Database, seqs: Sequence[int]) -> set[int]:
+    """Those whose traces are still there."""
+    found: set[int] = set()
+    for start in range(0, len(seqs), BATCH):
+        query = select(traces.c.seq).where(traces.c.seq.in_(seqs[start : start + BATCH]))
+        with database.read() as connection:
+            found.update(connection.scalars(query))
+    return found
+
+
 def _of(adapter: str, side: Side) -> list[ColumnElement[bool]]:
     return [traces.c.adapter == adapter, traces.c.purpose == "user", episodes.c.side == side]
 

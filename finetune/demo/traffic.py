@@ -63,7 +63,7 @@ def no_call_requests(
         strangers = misfits(side, seed=seed)
         found += [
             _no_call(one, episodes[one.id.removeprefix("misfit_")])
-            for one in strangers[: round(share * len(strangers))]
+            for one in _drawn(strangers)[: round(share * len(strangers))]
         ]
     return found + [_no_call(one, one.id) for one in chats(chat_prompts, sides[0], seed=seed)]
 
@@ -71,6 +71,10 @@ def no_call_requests(
 def mixed(requests: Iterable[Asked]) -> list[Asked]:
     """In a drawn order."""
     return sorted(requests, key=lambda one: hashlib.blake2b(one.name.encode(), person=b"mixed").digest())
+
+
+def _drawn(strangers: Sequence[NoCall]) -> list[NoCall]:
+    return sorted(strangers, key=lambda one: hashlib.blake2b(one.id.encode(), person=b"misfits").digest())
 
 
 def _episode(question: Question) -> str:

@@ -44,6 +44,8 @@ def expected_from_bfcl(ground_truth: Sequence[Mapping[str, Mapping[str, Sequence
         if len(call) != 1:
             raise BadLabelError(f"an expected call names one tool, not {sorted(call)}")
         name, arguments = next(iter(call.items()))
+        if not isinstance(arguments, Mapping):
+            raise BadLabelError(f"'{name}' needs accepted values by parameter, got {arguments!r:.80}")
         calls.append(ExpectedCall(name, {key: _accepted(key, values) for key, values in arguments.items()}))
     return tuple(calls)
 

@@ -6,6 +6,7 @@ Not here: judging (gating.py).
 """
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.serving.api import ServerApi
+from finetune.serving.errors import RefusedError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,11 @@ class Question:
     scored_ids: Sequence[int] = ()
     """Prompt and expected answer, of which the last `num_scored` are scored."""
     num_scored: int = 0
+
+
+REFUSED = "refused"
+"""The finish reason of a question that the server does not take."""
+BAD_REQUEST = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +109,16 @@ def ask_all(
 
 
 def _ask(api: ServerApi, model: str, question: Question) -> Answer:
-    said = api.answer(model, question.request, max_tokens=question.max_tokens)
     loss = None
-    if question.num_scored:
-        losses = api.token_losses(model, question.scored_ids, question.num_scored)
-        loss = sum(losses) / len(losses)
+    try:
+        said = api.answer(model, question.request, max_tokens=question.max_tokens)
+        if question.num_scored:
+            losses = api.token_losses(model, question.scored_ids, question.num_scored)
+            loss = sum(losses) / len(losses)
+    except RefusedError as error:
+        if error.status != BAD_REQUEST:
+            raise
+        # This one question, of all versions: it leaves no room for an answer, or was imported and never served.
+        logger.warning("%s is left out: %s", question.id, error)
+        return Answer(model, question.id, {"role": "assistant", "content": None}, REFUSED, None)
     return Answer(model, question.id, said["message"], said["finish_reason"], loss)

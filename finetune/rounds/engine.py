@@ -137,7 +137,7 @@ class RoundEngine:
 
     def _one_phase(self, lease: Lease, round: Round) -> Round:
         folder = self.folder(round)
-        if round.phase is not Phase.SNAPSHOT and not folder.is_dir():
+        if round.phase not in (Phase.SNAPSHOT, Phase.PROMOTE) and not folder.is_dir():  # the last needs no file
             raise SnapshotChangedError(f"its files ({folder}) are not on this machine")
         folder.mkdir(parents=True, exist_ok=True)
         self._observer.on_phase(round)

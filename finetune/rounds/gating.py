@@ -19,9 +19,9 @@ from finetune.gate.expected import BadLabelError, Expected, expected_from_bfcl, 
 from finetune.gate.results import GOLD, Judged, Label, PairedTrace, RegressionScore, judge, label_of
 from finetune.gate.settings import GateSettings
 from finetune.gate.spending import History, history_of
-from finetune.rounds.asking import Answer, Answers, Question, ask_all
+from finetune.rounds.asking import REFUSED, Answer, Answers, Question, ask_all
 from finetune.rounds.engine import Done, Task
-from finetune.rounds.round import Round
+from finetune.rounds.round import DECISIONS, Round
 from finetune.serving.api import ServerApi
 
 ANSWERS = "answers.jsonl"
@@ -45,7 +45,7 @@ def run_gate(
     candidate = task.round.version_ref
     assert candidate is not None
     opponent, has_live = _opponent(task, api)
-    models, history = (str(candidate), opponent), decided(earlier)
+    models, history = (str(candidate), opponent), decided(earlier)  # this round's own earlier attempts among them
     with_tools = [row for row in snapshot.held_out() if row.kind != "chat"]
     labelled = [one for row in with_tools if (one := _labelled(row)) is not None]
     fresh = history.fresh(labelled)[-max_traces:]  # of a stale trace no answer would count
@@ -60,8 +60,10 @@ def run_gate(
             scores = regression(task, api, models)
         pairs = []
         for one in fresh:
-            ours, theirs = (_judged(one, answers.of(model, one.row.id)) for model in models)
-            pairs.append(_pair(one, ours, theirs, snapshot.manifest.tools))
+            given = [answers.of(model, one.row.id) for model in models]
+            if not any(answer.finish_reason == REFUSED for answer in given):
+                ours, theirs = (_judged(one, answer) for answer in given)
+                pairs.append(_pair(one, ours, theirs, snapshot.manifest.tools))
     decision = decide(
         pairs,
         adapter=task.round.ref.adapter,
@@ -77,18 +79,26 @@ def run_gate(
         "num_traces": len(fresh),
         "num_left_out": len(labelled) - len(fresh),
         "num_bad_labels": len(with_tools) - len(labelled),
+        "num_refused": len(fresh) - len(pairs),
     }
     return Done(facts, {"decision": json.loads(decision.to_json())})
 
 
 def decided(earlier: Iterable[Round]) -> History:
     """What the adapter's rounds have spent, oldest first."""
-    found = sorted((one for one in earlier if one.decision is not None), key=lambda one: one.ref.number)
-    return history_of(decision_of(one) for one in found)
+    found = []
+    for one in sorted(earlier, key=lambda one: one.ref.number):
+        found += one.facts["begin"].get(DECISIONS, [])
+        found += [] if one.decision is None else [one.decision]
+    return history_of(map(_decision, found))
 
 
 def decision_of(round: Round) -> Decision:
-    return Decision.from_json(json.dumps(round.decision))
+    return _decision(round.decision)
+
+
+def _decision(kept: Mapping[str, Any] | None) -> Decision:
+    return Decision.from_json(json.dumps(kept))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +138,7 @@ def _labelled(row: HeldOutRow) -> _Labelled | None:
     """None: a label that nothing can be judged by. What was imported was never served: its answer is known."""
     try:
         expected = expected_of(row)
-    except BadLabelError:
+    except (BadLabelError, RecursionError):  # as deep as a client likes
         return None
     label = Label.KNOWN_ANSWER if row.source == "import" else label_of(row.source, is_audit=row.is_audit)
     return _Labelled(row, expected, label)
@@ -162,6 +172,8 @@ def _pair(one: _Labelled, ours: Judged, theirs: Judged, known_tools: Iterable[st
 def expected_of(row: HeldOutRow) -> Expected:
     """Raises BadLabelError."""
     for given in reversed(row.feedback):
+        if given["source"] != row.source:
+            continue  # what an answer is judged by comes from whom its label comes from, not from any user's comment
         accepted = _accepted(given.get("comment"))
         if accepted is not None:
             return expected_from_bfcl(accepted)
@@ -174,7 +186,7 @@ def _accepted(comment: str | None) -> Any:
         return None
     try:
         value = json.loads(comment)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(value, Mapping) or "accepted" not in value:
         return None

@@ -7,7 +7,7 @@ tools of the training data offered that fit none of them.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from finetune.dataset.errors import UnrenderableError
@@ -15,14 +15,11 @@ from finetune.dataset.general import MAX_ANSWER_TOKENS, GeneralRequest, general_
 from finetune.dataset.prompts import RegressionPrompt, has_form
 from finetune.dataset.render import Renderer, chat_request
 from finetune.dataset.rows import ExampleRow
-from finetune.dataset.source import LoggedTrace
 from finetune.gate.results import RegressionScore
 from finetune.rounds.asking import Answer, Answers, Question, ask_all
 from finetune.rounds.engine import Task
+from finetune.rounds.errors import RoundError
 from finetune.serving.api import ServerApi
-
-MAX_TOOL_SETS = 64
-"""Different sets of tools that prompts are asked with: enough that none is learned by heart."""
 
 
 def regression_scores(
@@ -71,6 +68,8 @@ def _score(
         has_form(answer.message.get("content") or "", prompt.form)
         for answer, prompt in zip(found, prompts, strict=True)
     )
+    if not losses:
+        raise RoundError("none of the base's answers to the regression prompts can be rendered, so nothing is scored")
     return RegressionScore(math.exp(sum(losses) / len(losses)), num_kept / len(prompts), len(prompts))
 
 
@@ -95,18 +94,6 @@ def general_examples(
         row = general_row(renderer, request, {"message": answer.message, "finish_reason": answer.finish_reason})
         if row is not None:
             yield row
-
-
-def tool_sets_of(logged: Iterable[LoggedTrace]) -> list[Sequence[Mapping[str, Any]]]:
-    """The first different ones that requests offered."""
-    found: dict[str, Sequence[Mapping[str, Any]]] = {}
-    for trace in logged:
-        tools = trace.request.get("tools")
-        if tools:
-            found.setdefault(" ".join(sorted(tool["function"]["name"] for tool in tools)), tools)
-        if len(found) == MAX_TOOL_SETS:
-            break
-    return list(found.values())
 
 
 def _body(request: GeneralRequest) -> dict[str, Any]:

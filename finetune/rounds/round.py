@@ -26,6 +26,8 @@ class Phase(StrEnum):
 
 
 PHASES = tuple(Phase)
+DECISIONS = "decisions"
+"""Among a round's facts of its beginning: what the gate decided before the round began anew."""
 
 
 class Result(StrEnum):

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from zipfile import BadZipFile
 
 from finetune.config import FinetuneSettings
 from finetune.dataset.render import Renderer
@@ -97,7 +99,18 @@ class Runner:
     def _to_the_end(self, lease: Lease, round: Round, *, is_bug_final: bool) -> Round:
         try:
             return self.engine.run(lease, round)
-        except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        except (
+            AssertionError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            MemoryError,
+            EOFError,
+            ArithmeticError,
+            BadZipFile,
+        ) as error:
             if is_bug_final:
                 self.engine.fail(lease, self.store.get(round.ref), f"{type(error).__name__}: {error}")
             raise
@@ -141,7 +154,8 @@ def open_runner(
             )
 
         snapshots, threads = data / "snapshots", settings.threads or physical_cores()
-        work = Work(database, api, model.path, renderer, snapshots, own, threads, make_pause)
+        max_age = None if settings.trace_max_age_days is None else timedelta(days=settings.trace_max_age_days)
+        work = Work(database, api, model.path, renderer, snapshots, own, threads, max_age, make_pause)
         store = RoundStore(database)
         engine = RoundEngine(
             store,

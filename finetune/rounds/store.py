@@ -14,7 +14,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from finetune.rounds.errors import LeaseHeldError, RoundNotFoundError
 from finetune.rounds.lease import Lease, check_lease
-from finetune.rounds.round import PHASES, Phase, Result, Round, RoundRef
+from finetune.rounds.round import DECISIONS, PHASES, Phase, Result, Round, RoundRef
 from finetune.rounds.tables import requests, rounds
 from server.adapters.version import check_adapter_name
 from server.storage.clock import Clock, utc_now
@@ -121,7 +121,11 @@ class RoundStore:
         return self._write(lease, round, result=result, reason=reason, facts=_joined(round, facts or {}))
 
     def restart(self, lease: Lease, round: Round, reason: str) -> Round:
-        """From the snapshot on, with the same traces but for the deleted ones. Raises LeaseLostError."""
+        """From the snapshot on, with the same traces but for the deleted ones. What its gate has decided stays in the
+        history: the same traces must not be asked for another decision. Raises LeaseLostError."""
+        begin = dict(round.facts["begin"])
+        if round.decision is not None:
+            begin[DECISIONS] = [*begin.get(DECISIONS, []), round.decision]
         return self._write(
             lease,
             round,
@@ -130,7 +134,7 @@ class RoundStore:
             snapshot=None,
             version=None,
             decision=None,
-            facts={"begin": round.facts["begin"]},
+            facts={"begin": begin},
             num_restarts=round.num_restarts + 1,
         )
 

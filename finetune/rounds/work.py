@@ -6,15 +6,17 @@ two phases but what is in the row and in the directory.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 from finetune.config import FinetuneSettings
 from finetune.dataset.freeze import freeze
+from finetune.dataset.general import recent_tool_sets
+from finetune.dataset.jsonl import remove_partial
 from finetune.dataset.prompts import read_prompts, read_regression_prompts
 from finetune.dataset.render import Renderer
 from finetune.dataset.rows import ExampleRow
 from finetune.dataset.snapshot import Selection, Snapshot, erase_deleted, folder_name
-from finetune.dataset.source import read_traces
 from finetune.gate.results import RegressionScore
 from finetune.gate.settings import GateSettings
 from finetune.model.allocator import keep_freed_memory
@@ -22,14 +24,18 @@ from finetune.rounds.engine import Done, Over, Stage, Task
 from finetune.rounds.errors import RoundError, SnapshotChangedError
 from finetune.rounds.gating import run_gate
 from finetune.rounds.promotion import carry_out, take_in
-from finetune.rounds.regression import general_examples, regression_scores, tool_sets_of
+from finetune.rounds.regression import general_examples, regression_scores
 from finetune.rounds.round import Phase, Round
 from finetune.rounds.store import RoundStore
 from finetune.rounds.weights import ARCHIVE, PEFT, Parent, pack
 from finetune.serving.api import ServerApi
 from server.adapters.version import VersionRef
+from server.storage.clock import utc_now
 from server.storage.database import Database
 from server.traces.lineage import Lineage
+
+LONG_ROUND = timedelta(days=1)
+"""What the log forgets within it is not learned from: the round would begin anew with each trace that goes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Work:
     """Of a round only what is not its own: concurrency."""
     threads: int
     """That training computes with, from the first to the last step."""
+    max_age: timedelta | None
+    """After which the log forgets a trace."""
     make_pause: Callable[[Callable[[], None]], Callable[[], None]]
     """From the task's check to the training loop's pause."""
 
@@ -62,6 +70,7 @@ class Work:
         own, round = self._own(task.round), task.round
         self._check_base(round)
         erase_deleted(self.snapshots, round.ref.adapter, self.database)
+        remove_partial(self.snapshots / round.ref.adapter)  # a kill left what no deletion would find
         selection = Selection(
             adapter=round.ref.adapter,
             min_score=own.min_score,
@@ -77,6 +86,7 @@ class Work:
             earlier=self._earlier(round),
             until_seq=round.last_seq,
             general=self._general(task, own),
+            not_before=None if self.max_age is None else utc_now() - self.max_age + min(LONG_ROUND, self.max_age / 2),
         )
         manifest = frozen.manifest
         kept = {part: file["num_rows"] for part, file in manifest.files.items()}
@@ -139,7 +149,7 @@ class Work:
 
     def _general(self, task: Task, own: FinetuneSettings) -> Iterator[ExampleRow]:
         adapter, until = task.round.ref.adapter, task.round.last_seq
-        tool_sets = tool_sets_of(read_traces(self.database, adapter, "train", until_seq=until))
+        tool_sets = recent_tool_sets(self.database, adapter, until_seq=until)
         concurrency = self.settings.gate_concurrency
         prompts = read_prompts()[: own.general_prompts]
         return general_examples(

@@ -81,11 +81,6 @@ class ServerApi:
         body = {"reason": _cut(reason), "expected_change": expected_change}
         self._http.request("POST", f"/v1/adapters/{name}/rollback", json=body)
 
-    def end_hold_back(self, name: str, *, reason: str, expected_change: int) -> None:
-        """All episodes go to the live version."""
-        body = {"state": "live", "share": 0.0, "reason": _cut(reason), "expected_change": expected_change}
-        self._http.request("POST", f"/v1/adapters/{name}/shares", json=body)
-
     def _act(self, ref: VersionRef, verb: str, **body: Any) -> None:
         body = {key: value for key, value in body.items() if value is not None} | {"reason": _cut(body["reason"])}
         self._http.request("POST", _path(ref, verb), json=body)

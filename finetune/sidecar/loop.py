@@ -132,7 +132,14 @@ def _cause(runner: Runner, own: FinetuneSettings, adapter: str) -> str | None:
     if adapter in runner.api.adapter_names() and runner.api.adapter(adapter)["canary"] is not None:
         return None
     every = None if own.every_hours is None else timedelta(hours=own.every_hours)
-    found = due(runner.database, adapter, min_new_traces=own.min_new_traces, every=every, now=utc_now())
+    found = due(
+        runner.database,
+        adapter,
+        min_new_traces=own.min_new_traces,
+        every=every,
+        keep_unlabelled=own.keep_unlabelled,
+        now=utc_now(),
+    )
     return None if found is None else found.cause
 
 

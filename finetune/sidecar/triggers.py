@@ -24,31 +24,42 @@ class Due:
     cause: str
 
 
-def due(database: Database, adapter: str, *, min_new_traces: int, every: timedelta | None, now: datetime) -> Due | None:
-    """By count or schedule; None: not yet."""
+def due(
+    database: Database,
+    adapter: str,
+    *,
+    min_new_traces: int,
+    every: timedelta | None,
+    keep_unlabelled: bool = False,
+    now: datetime,
+) -> Due | None:
+    """By count or schedule; None: not yet. `keep_unlabelled`: traces that nobody has judged count too."""
     last = _last(RoundStore(database).list(adapter, limit=1))
-    num_new = count_new(database, adapter, last)
+    num_new = count_new(database, adapter, last, keep_unlabelled=keep_unlabelled)
+    what = f"{num_new} new {'' if keep_unlabelled else 'labelled '}traces"
     if num_new >= min_new_traces:
-        return Due(adapter, f"{num_new} new labelled traces")
+        return Due(adapter, what)
     if every is not None and num_new and (last is None or now - last.created_at >= every):
-        return Due(adapter, f"schedule, {num_new} new labelled traces")
+        return Due(adapter, f"schedule, {what}")
     return None
 
 
-def count_new(database: Database, adapter: str, last: Round | None) -> int:
-    """Traces of the training side that have come, or that somebody has judged, since the last round began."""
+def count_new(database: Database, adapter: str, last: Round | None, *, keep_unlabelled: bool) -> int:
+    """Traces of the training side that somebody has judged, or that have come, since the last round began."""
     after_trace = 0 if last is None else last.last_seq
     after_feedback = 0 if last is None else last.facts["begin"]["last_feedback_seq"]
     judged = select(traces.c.seq).join(
         feedback, or_(feedback.c.trace_seq == traces.c.seq, feedback.c.episode_seq == traces.c.episode_seq)
     )
     judged = judged.where(feedback.c.seq > after_feedback, traces.c.adapter == adapter)
-    is_new_import = (traces.c.endpoint == "import") & (traces.c.seq > after_trace)
+    is_new = traces.c.seq > after_trace
+    if not keep_unlabelled:
+        is_new &= traces.c.endpoint == "import"
     query = (
         select(func.count(distinct(traces.c.seq)))
         .join(episodes, episodes.c.seq == traces.c.episode_seq)
         .where(traces.c.adapter == adapter, traces.c.purpose == "user", episodes.c.side == "train")
-        .where(or_(traces.c.seq.in_(judged), is_new_import))
+        .where(or_(traces.c.seq.in_(judged), is_new))
     )
     with database.read() as connection:
         return connection.scalar(query) or 0

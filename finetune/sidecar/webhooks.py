@@ -40,7 +40,8 @@ EVENTS = {
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 3600.0
 TIMEOUT_SECONDS = 10.0
-LEASE = "webhooks"
+LEASE = "all webhooks"
+"""No adapter has such a name: rounds are leased under theirs."""
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class _Endpoint:
 
 
 class Webhooks:
-    """Used by one thread, under the lease "webhooks"."""
+    """Used by one thread, under `LEASE`."""
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ import httpx
 from pydantic import SecretStr
 
 from finetune.serving.api import ServerApi
+from finetune.serving.errors import RefusedError
 from finetune.serving.http import Http
 from server.adapters.errors import AdapterConflictError, VersionNotFoundError
 from server.adapters.registry import Registry
@@ -74,6 +75,8 @@ class FakeServer:
             return _error(404, str(error))
         except AdapterConflictError as error:
             return _error(409, str(error))
+        except RefusedError as error:
+            return _error(error.status, str(error))
 
     def _route(self, request: httpx.Request) -> httpx.Response:
         path = request.url.path.strip("/").split("/")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +398,30 @@ def test_replay_forgets_the_deleted_the_corrected_and_the_held_out(
     second = replayed(log, renderer, tmp_path, first)
     assert [decoded(renderer, row).count("Other") for row in second.replay()] == [1]
     assert dropped(second, "replay") == {"deleted": 1, "near_held_out": 1}
+
+
+def test_what_the_log_forgets_soon_is_left_out(log: Log, renderer: Renderer, tmp_path: Path) -> None:
+    records = [log.teach(number, side="held_out" if number % 2 else "train") for number in range(4)]
+    first, last = (record.created_at for record in (records[0], records[-1]))
+    selection = Selection(adapter="tools")
+    assert len(list(freeze(log.database, renderer, selection, tmp_path, not_before=first).train())) == 2
+    with pytest.raises(NothingToLearnError, match="expiring 2"):
+        freeze(log.database, renderer, selection, tmp_path, not_before=last + timedelta(seconds=1))
+
+
+def test_what_the_filters_left_out_is_not_replayed(log: Log, renderer: Renderer, tmp_path: Path) -> None:
+    first_asked = log.teach(1)
+    flood = [log.teach(number, key_id="flood") for number in range(10, 16)]
+    chosen = Selection(adapter="tools", min_key_examples=1)
+    first = frozen(log, renderer, tmp_path)
+    assert len(list(first.train())) == 7
+    again = log.teach(1)
+    second = freeze(log.database, renderer, chosen, tmp_path, earlier=[first])
+    trained = [row.trace_id for row in second.train()]
+    assert again.id in trained, "the newest of two that are equal"
+    assert first_asked.id not in trained
+    assert dropped(second)["key_share"] == len(flood) - 1
+    assert list(second.replay()) == [], "neither the duplicate nor what was above the key's share"
 
 
 def test_replay_skips_what_was_tokenized_otherwise(log: Log, renderer: Renderer, tmp_path: Path) -> None:

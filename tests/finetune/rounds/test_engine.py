@@ -230,6 +230,17 @@ def test_a_round_whose_files_are_elsewhere_begins_anew(
     assert done.reason == expected.reason
 
 
+def test_a_decision_is_carried_out_without_the_files(database: Database, lease: Lease, tmp_path: Path) -> None:
+    with pytest.raises(ServerDownError):
+        engine(database, tmp_path / "here", failing(Phase.PROMOTE, ServerDownError("")))[0].run(
+            lease, begin(database, lease)
+        )
+    found = RoundStore(database).unfinished("tools")
+    assert found is not None
+    done = engine(database, tmp_path / "there")[0].run(lease, found)
+    assert (done.result, done.num_restarts) == (Result.CANARY, 0)
+
+
 def test_what_comes_later_is_the_next_rounds(database: Database, lease: Lease, tmp_path: Path) -> None:
     store = TraceStore(database)
     store.write([make_record()])

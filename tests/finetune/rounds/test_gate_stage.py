@@ -18,7 +18,7 @@ from finetune.rounds.promotion import abandon, carry_out, take_in
 from finetune.rounds.round import Phase, Result, Round
 from finetune.rounds.store import RoundStore
 from finetune.rounds.weights import pack
-from finetune.serving.errors import ServerDownError
+from finetune.serving.errors import RefusedError, ServerDownError
 from server.adapters.states import State
 from server.adapters.version import VersionRef
 from server.storage.database import Database
@@ -154,6 +154,40 @@ def test_what_a_decision_has_used_is_not_used_again(bench: Bench) -> None:
     assert len(bench.server.questions) == num_asked
 
 
+def test_nor_is_it_by_a_round_that_begins_anew(bench: Bench) -> None:
+    bench.take_in()
+    bench.gate(questions())
+    first = bench.round.decision
+    bench.round = bench.store.restart(bench.lease, bench.round, "1 of its traces were deleted")
+    assert bench.round.decision is None
+    for _ in range(3):
+        bench.round = bench.store.advance(bench.lease, bench.round, {}, snapshot="sha256:s")
+    bench.answers["tools@2"] = good
+    bench.take_in("without it")
+    done = bench.gate(questions())
+    assert done.facts["num_left_out"] == 120
+    assert bench.promote().result is Result.NOT_ENOUGH_EVIDENCE
+    again = bench.store.restart(
+        bench.lease, bench.store.begin(bench.lease, cause="test", base_digest="b", settings={}), ""
+    )
+    assert bench.store.get(bench.round.ref).facts["begin"]["decisions"] == [first]
+    assert "decisions" not in again.facts["begin"], "nothing was decided"
+
+
+def test_a_question_that_the_server_does_not_take_is_left_out(bench: Bench) -> None:
+    def picky(body: Mapping[str, Any]) -> Mapping[str, Any]:
+        if body["messages"][-1]["content"].endswith(" 7"):
+            raise RefusedError(400, "This model takes at most 64 tokens.")
+        return good(body)
+
+    bench.answers["tools@1"] = picky
+    bench.take_in()
+    done = bench.gate(questions())
+    assert done.facts["num_refused"] == 1
+    assert decision_of(bench.round).num_clusters == 119
+    assert bench.promote().result is Result.CANARY
+
+
 def test_a_server_that_restarts_in_the_gate_costs_no_answer(bench: Bench) -> None:
     bench.answers["tools@1"] = good
     bench.take_in()
@@ -262,3 +296,20 @@ def test_accepted_values_may_be_told_in_a_comment() -> None:
         (expected,) = expected_of(replace(row, feedback=[known | {"comment": plain}]))
         assert expected.arguments["a"].values == (7,)
     assert expected_of(replace(row, feedback=[known | {"comment": '{"accepted": []}'}])) == ()
+    thumbs = known | {"source": "thumbs", "comment": '{"accepted": []}'}
+    (expected,) = expected_of(replace(row, feedback=[known | {"comment": comment}, thumbs]))
+    assert expected.arguments["a"].values == (1, 2), "a user's comment is no known answer"
+
+
+@pytest.mark.parametrize(
+    "comment",
+    ['{"accepted": [{"f": 5}]}', '{"accepted": [{"f": {"a": ' + "[" * 900 + "]" * 900 + "}}]}", '{"a": ' * 9999],
+)
+def test_a_comment_that_is_no_label_costs_one_trace_at_most(bench: Bench, comment: str) -> None:
+    bench.answers["tools@1"] = good
+    bench.take_in()
+    rows = questions()
+    given = {"source": rows[0].source, "score": 1.0, "correction": None, "label": None, "comment": comment}
+    rows[0] = replace(rows[0], feedback=[given])
+    bench.gate(rows)
+    assert decision_of(bench.round).num_clusters >= len(rows) - 1

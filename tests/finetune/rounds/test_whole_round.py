@@ -114,7 +114,7 @@ class Bench:
             return pause
 
         work = Work(
-            self.database, api, self.model, self.renderer, self.folder / "snapshots", self.settings, 1, make_pause
+            self.database, api, self.model, self.renderer, self.folder / "snapshots", self.settings, 1, None, make_pause
         )
         return RoundEngine(
             self.store,

@@ -66,6 +66,15 @@ def test_enough_new_labelled_traces(database: Database, log: Log) -> None:
     assert asked(database) is None, "they are not new any more"
 
 
+def test_who_learns_from_unlabelled_traces_waits_for_no_label(database: Database, log: Log) -> None:
+    for _ in range(3):
+        log.ask(is_judged=False)
+    assert asked(database) is None
+    assert asked(database, keep_unlabelled=True) == Due("tools", "3 new traces")
+    a_round(database)
+    assert asked(database, keep_unlabelled=True) is None
+
+
 def test_a_label_that_comes_late_is_new(database: Database, log: Log) -> None:
     records = [log.ask(is_judged=False) for _ in range(3)]
     a_round(database)
@@ -80,7 +89,7 @@ def test_imports_are_labelled(database: Database, log: Log) -> None:
         log.ask(endpoint="import", is_judged=False)
     assert asked(database) is not None
     a_round(database)
-    assert count_new(database, "tools", RoundStore(database).list("tools")[0]) == 0
+    assert count_new(database, "tools", RoundStore(database).list("tools")[0], keep_unlabelled=False) == 0
 
 
 def test_held_out_traces_do_not_count(database: Database) -> None:
