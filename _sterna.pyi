@@ -8,7 +8,7 @@ _Floats = NDArray[np.float32]
 
 def available_isas() -> list[str]: ...
 def uniform(seed: int, choice: int, position: int) -> float: ...
-def quantize_activations(x: _Floats, isa: str = "auto") -> tuple[_Floats, _Floats]: ...
+def quantize_activations(x: _Floats, isa: str = "auto", one_scale: bool = False) -> tuple[_Floats, _Floats]: ...
 
 class Matrix:
     """One packed matrix on its own, for kernel tests and benchmarks."""
@@ -35,6 +35,9 @@ class Model:
         rms_norm_eps: float,
         rope_theta: float,
         rope_factors: list[float],
+        squared_relu: bool,
+        row_scales: bool,
+        two_streams: bool,
         isa: str,
         num_threads: int,
     ) -> None: ...

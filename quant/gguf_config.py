@@ -1,6 +1,7 @@
 """A ModelConfig from GGUF metadata. No key of the architecture is ever ignored: it is used, harmless, or refused.
 
-Covers llama (SmolLM2, Llama 2 and 3.x, Mistral), qwen2 and qwen3. Meanings are llama.cpp's (llama-model.cpp).
+Covers llama (SmolLM2, Llama 2 and 3.x, Mistral), qwen2, qwen3, and BitNet as llama.cpp (`bitnet`) and bitnet.cpp
+(`bitnet-b1.58`) name it. Meanings are llama.cpp's (llama-model.cpp); `sterna.residual_streams` is ours.
 """
 
 import math
@@ -10,9 +11,12 @@ from typing import Any, get_args
 
 from quant.config_rules import ConfigValues, cap_to_window, check_config, default_head_dim, scaled_factors
 from quant.errors import ModelFileError
-from quant.model_types import Architecture, ModelConfig
+from quant.model_types import Activation, Architecture, ModelConfig
 
-ARCHITECTURES: tuple[Architecture, ...] = get_args(Architecture)
+_B158 = "bitnet-b1.58"
+ARCHITECTURES: dict[str, Architecture] = {name: name for name in get_args(Architecture)} | {_B158: "bitnet"}
+"""By the file's name for it, which is also the prefix of its keys."""
+RESIDUAL_STREAMS = "sterna.residual_streams"
 
 _USED = {
     "attention.head_count",
@@ -26,6 +30,7 @@ _USED = {
     "context_length",
     "embedding_length",
     "feed_forward_length",
+    "hidden_activation",
     "rope.dimension_count",
     "rope.freq_base",
     "rope.scale_linear",
@@ -65,15 +70,13 @@ def read_architecture(path: Path, metadata: Mapping[str, Any]) -> Architecture:
     if metadata.get("split.count", 1) not in (0, 1):
         raise values.error("split.count", "one part of a split model; join the parts first (llama-gguf-split --merge)")
     name = values.text("general.architecture")
-    for architecture in ARCHITECTURES:
-        if name == architecture:
-            return architecture
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
     accepted = ", ".join(ARCHITECTURES)
     raise values.error("general.architecture", f"architecture {name!r} is not supported (accepted: {accepted})")
 
 
-def _check_keys(values: ConfigValues, path: Path, metadata: Mapping[str, Any], architecture: str) -> None:
-    prefix = f"{architecture}."
+def _check_keys(values: ConfigValues, path: Path, metadata: Mapping[str, Any], prefix: str) -> None:
     for full_key, value in metadata.items():
         key = full_key.removeprefix(prefix)
         if key == full_key or key in _USED or key in _HARMLESS:
@@ -113,6 +116,24 @@ def _sliding_window(values: ConfigValues) -> int | None:
     return values.size("attention.sliding_window")
 
 
+def _activation(values: ConfigValues, name: str) -> Activation:
+    """llama.cpp's default for `bitnet` is SiLU, as its first models had; bitnet.cpp's graph always squares a ReLU."""
+    accepted: tuple[Activation, ...] = ("silu", "relu2") if ARCHITECTURES[name] == "bitnet" else ("silu",)
+    given = values.text("hidden_activation", "relu2" if name == _B158 else "silu")
+    for activation in accepted:
+        if given == activation:
+            return activation
+    reason = f"{given!r} is not implemented for {name} (accepted: {', '.join(accepted)})"
+    raise values.error("hidden_activation", reason)
+
+
+def _residual_streams(values: ConfigValues) -> int:
+    streams = values.size(RESIDUAL_STREAMS, 1)
+    if streams > 2:
+        raise values.error(RESIDUAL_STREAMS, f"{streams} residual streams are not implemented (accepted: 1, 2)")
+    return streams
+
+
 def read_config(
     path: Path,
     metadata: Mapping[str, Any],
@@ -125,8 +146,9 @@ def read_config(
 ) -> tuple[ModelConfig, tuple[str, ...]]:
     """The configuration and notes for the log. The arguments are what the tensors tell. Raises ModelFileError."""
     architecture = read_architecture(path, metadata)
-    values = ConfigValues(path, metadata, f"{architecture}.")
-    _check_keys(values, path, metadata, architecture)
+    name = str(metadata["general.architecture"])
+    values, general = ConfigValues(path, metadata, f"{name}."), ConfigValues(path, metadata)
+    _check_keys(values, path, metadata, f"{name}.")
     notes: list[str] = []
     hidden_size, num_heads = values.size("embedding_length"), values.size("attention.head_count")
     head_dim = _head_dim(values, path, hidden_size, num_heads)
@@ -136,7 +158,7 @@ def read_config(
         raise values.error("attention.scale", f"{scale!r} is not implemented (accepted: 1/sqrt({head_dim}))")
     config = ModelConfig(
         architecture=architecture,
-        name=ConfigValues(path, metadata).text("general.name", path.stem),
+        name=general.text("general.name", path.stem),
         num_layers=values.size("block_count"),
         hidden_size=hidden_size,
         intermediate_size=values.size("feed_forward_length"),
@@ -152,6 +174,9 @@ def read_config(
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tie_embeddings=tie_embeddings,
+        sub_norms=architecture == "bitnet",
+        activation=_activation(values, name),
+        residual_streams=_residual_streams(general),
     )
     check_config(path, config)
     return config, tuple(notes)

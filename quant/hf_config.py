@@ -1,7 +1,8 @@
 """A ModelConfig from a Hugging Face config.json. No key is ever ignored: it is used, harmless, or refused by name.
 
-Covers LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM, as transformers 5 writes them
-(`rope_parameters`, `dtype`, `layer_types`) and as older versions did (`rope_theta`, `rope_scaling`, `torch_dtype`).
+Covers LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM and BitNetForCausalLM, as transformers 5
+writes them (`rope_parameters`, `dtype`, `layer_types`) and as older versions did (`rope_theta`, `rope_scaling`,
+`torch_dtype`).
 Defaults are those of transformers' configuration classes.
 """
 
@@ -18,17 +19,19 @@ from quant.config_rules import (
     scaled_factors,
 )
 from quant.errors import ModelFileError
-from quant.model_types import Architecture, ModelConfig
+from quant.model_types import Activation, Architecture, ModelConfig
 
 _CLASSES: dict[str, Architecture] = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "llama",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "BitNetForCausalLM": "bitnet",
 }
 _USED = {
     "architectures",
     "head_dim",
+    "hidden_act",
     "hidden_size",
     "intermediate_size",
     "layer_types",
@@ -79,7 +82,12 @@ _HARMLESS = {  # training, text generation defaults, loading and reporting: noth
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "attention_bias": (False,),
-    "hidden_act": ("silu", "swish"),
+    "auto_map": (  # Microsoft's checkpoints name the code that became transformers' own class
+        {
+            "AutoConfig": "configuration_bitnet.BitNetConfig",
+            "AutoModelForCausalLM": "modeling_bitnet.BitNetForCausalLM",
+        },
+    ),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "mlp_bias": (False,),
@@ -115,7 +123,9 @@ def _check_keys(values: ConfigValues, config: Mapping[str, Any]) -> None:
             raise values.error(key, f"{value!r} is not implemented (accepted: {accepted})")
 
 
-def _rope(path: Path, values: ConfigValues, rope_dim: int) -> tuple[float, tuple[float, ...] | None]:
+def _rope(
+    path: Path, values: ConfigValues, rope_dim: int, default_theta: float
+) -> tuple[float, tuple[float, ...] | None]:
     """Base frequency and the frequencies' divisors."""
     key = "rope_parameters" if "rope_parameters" in values else "rope_scaling"
     if "rope_parameters" in values and "rope_scaling" in values:
@@ -133,7 +143,7 @@ def _rope(path: Path, values: ConfigValues, rope_dim: int) -> tuple[float, tuple
             raise rope.error(name, f"not implemented for the type {kind!r}; it would be ignored")
     if rope.raw("partial_rotary_factor") not in (None, 1):
         raise rope.error("partial_rotary_factor", f"{rope.raw('partial_rotary_factor')!r} is not implemented")
-    theta = rope.number("rope_theta", values.number("rope_theta", 10000.0))
+    theta = rope.number("rope_theta", values.number("rope_theta", default_theta))
     if kind == "linear":
         return theta, scaled_factors(None, rope.number("factor"), rope_dim)
     if kind == "default":
@@ -164,6 +174,16 @@ def _sliding_window(values: ConfigValues, class_name: str) -> int | None:
     return values.size("sliding_window") if "sliding_window" in values else None
 
 
+def _activation(values: ConfigValues, architecture: Architecture) -> Activation:
+    accepted: dict[str, Activation] = {"silu": "silu", "swish": "silu"}
+    if architecture == "bitnet":
+        accepted["relu2"] = "relu2"
+    given = values.text("hidden_act", "relu2" if architecture == "bitnet" else "silu")
+    if given not in accepted:
+        raise values.error("hidden_act", f"{given!r} is not implemented here (accepted: {', '.join(accepted)})")
+    return accepted[given]
+
+
 def read_config(path: Path, config: Mapping[str, Any], name: str) -> tuple[ModelConfig, tuple[str, ...]]:
     """The configuration and notes for the log. Raises ModelFileError."""
     class_name = _class_name(path, config)
@@ -178,7 +198,8 @@ def read_config(path: Path, config: Mapping[str, Any], name: str) -> tuple[Model
         head_dim = values.size("head_dim")
     else:
         head_dim = 128 if architecture == "qwen3" else default_head_dim(path, hidden_size, num_heads)
-    theta, factors = _rope(path, values, head_dim)
+    is_bitnet = architecture == "bitnet"
+    theta, factors = _rope(path, values, head_dim, 500000.0 if is_bitnet else 10000.0)
     tie = values.raw("tie_word_embeddings")
     if tie not in (None, True, False):
         raise values.error("tie_word_embeddings", f"{tie!r} is neither true nor false")
@@ -195,13 +216,15 @@ def read_config(path: Path, config: Mapping[str, Any], name: str) -> tuple[Model
         context_length=cap_to_window(
             values.size("max_position_embeddings"), _sliding_window(values, class_name), notes
         ),
-        rms_norm_eps=values.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=values.number("rms_norm_eps", 1e-5 if is_bitnet else 1e-6),
         rope_theta=theta,
         rope_dim=head_dim,
         rope_freq_factors=factors,
         qkv_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         tie_embeddings=bool(tie),
+        sub_norms=is_bitnet,
+        activation=_activation(values, architecture),
     )
     check_config(path, result)
     return result, tuple(notes)

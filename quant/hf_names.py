@@ -1,4 +1,4 @@
-"""Tensor names of Hugging Face Llama, Mistral, Qwen2 and Qwen3 models, and the GGUF names for the same tensors."""
+"""Tensor names of Hugging Face Llama, Mistral, Qwen2, Qwen3 and BitNet models, and GGUF's names for the same."""
 
 import re
 
@@ -15,9 +15,11 @@ _LAYER = {
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
+    "self_attn.attn_sub_norm": "attn_sub_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.ffn_sub_norm": "ffn_sub_norm",
     "mlp.down_proj": "ffn_down",
 }
 _TOP_BACK = {gguf: hf for hf, gguf in _TOP.items()}

@@ -14,7 +14,8 @@ import numpy as np
 from quant.formats import GGMLType
 from quant.mapping import MappedFile
 
-Architecture = Literal["llama", "qwen2", "qwen3"]
+Architecture = Literal["llama", "qwen2", "qwen3", "bitnet"]
+Activation = Literal["silu", "relu2"]
 Quantize = Literal["q8_0", "q4_0"]
 
 
@@ -41,6 +42,17 @@ class ModelConfig:
     qkv_bias: bool
     qk_norm: bool
     tie_embeddings: bool
+    sub_norms: bool = False
+    """An RMSNorm before o_proj and one before down_proj (BitNet)."""
+    activation: Activation = "silu"
+    """Of the gate; relu2 is max(x, 0) squared."""
+    residual_streams: int = 1
+    """1, or 2 that are mixed between the sublayers; `StreamMix` in quant/kernels/kernels.h says how."""
+
+    @property
+    def row_scales(self) -> bool:
+        """Whether ternary matrices take activations with one scale a row, as BitNet is trained, not one per 32 values."""
+        return self.architecture == "bitnet"
 
     def projection_shape(self, projection: str) -> tuple[int, int]:
         """(rows out, columns in) of one of the seven matrices of a layer, by its name in transformers and PEFT."""

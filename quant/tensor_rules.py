@@ -12,6 +12,8 @@ from quant.formats import GGMLType
 from quant.model_types import ModelConfig
 
 EMBEDDING, HEAD, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
+STREAMS = "residual_streams"
+"""blk.N.residual_streams, F32: rows attention and FFN; columns alpha, pre 0, pre 1, post 0, post 1."""
 _FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
 _LAYER_NAME = re.compile(r"blk\.\d{1,6}\.(.+)")
 
@@ -46,6 +48,10 @@ def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
         layer |= {"attn_q.bias": (q_rows,), "attn_k.bias": (kv_rows,), "attn_v.bias": (kv_rows,)}
     if config.qk_norm:
         layer |= {"attn_q_norm.weight": (config.head_dim,), "attn_k_norm.weight": (config.head_dim,)}
+    if config.sub_norms:
+        layer |= {"attn_sub_norm.weight": (q_rows,), "ffn_sub_norm.weight": (ffn,)}
+    if config.residual_streams == 2:
+        layer |= {STREAMS: (2, 5)}
     yield EMBEDDING, (config.vocab_size, hidden)
     for index in range(config.num_layers):
         for kind, shape in layer.items():
@@ -73,6 +79,8 @@ def check_tensors(
             raise ModelFileError(path, f"its shape is {actual}, by the configuration {shape}", tensor=where)
         if len(shape) == 1 and type_ not in _FLOAT_TYPES:
             raise ModelFileError(path, f"a vector of type {type_.name} (accepted: F32, F16, BF16)", tensor=where)
+        if layer_kind(name) == STREAMS and type_ is not GGMLType.F32:
+            raise ModelFileError(path, f"it is of type {type_.name} (accepted: F32)", tensor=where)
         unknown.discard(name)
     if unknown:
         name = min(unknown)

@@ -39,7 +39,7 @@ K_QUANTS = (GGMLType.Q4_K, GGMLType.Q5_K, GGMLType.Q6_K)
 def _add_tensor(
     writer: gguf.GGUFWriter, name: str, array: np.ndarray, type_: GGMLType, rng: np.random.Generator
 ) -> None:
-    if array.ndim == 1 or type_ is GGMLType.F32:
+    if array.ndim == 1 or type_ is GGMLType.F32 or name.endswith(".residual_streams"):
         writer.add_tensor(name, array)
     elif type_ is GGMLType.F16:
         writer.add_tensor(name, array.astype(np.float16))
@@ -110,6 +110,8 @@ def write_tiny_gguf(
         keys |= {f"{arch}.attention.key_length": shape.width, f"{arch}.attention.value_length": shape.width}
     if arch == "llama":
         keys[f"{arch}.rope.dimension_count"] = shape.width
+    if shape.residual_streams != 1:
+        keys["sterna.residual_streams"] = shape.residual_streams
     if chat_template is not None:
         keys["tokenizer.chat_template"] = chat_template
     for key, value in (keys | dict(metadata or {})).items():
@@ -129,7 +131,8 @@ def write_tiny_gguf(
     for name, array in (weights | dict(replace or {})).items():
         if array is not None:
             is_vocab = name in ("token_embd.weight", "output.weight")
-            _add_tensor(writer, name, array, (embedding_type if is_vocab else None) or linear_type, rng)
+            kind = embedding_type if is_vocab and embedding_type is not None else linear_type
+            _add_tensor(writer, name, array, kind, rng)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -145,13 +148,15 @@ _HF_LAYER_NAMES = {
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
+    "attn_sub_norm": "self_attn.attn_sub_norm",
+    "ffn_sub_norm": "mlp.ffn_sub_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
 _HF_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-_HF_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_HF_CLASSES |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "bitnet": "BitNetForCausalLM"}
 
 
 def hf_name(name: str) -> str:
@@ -201,7 +206,7 @@ def tiny_hf_config(shape: TinyShape, dtype: str = "float32", *, legacy: bool = F
         "vocab_size": shape.vocab_size,
         "max_position_embeddings": shape.context_length,
         "rms_norm_eps": shape.rms_norm_eps,
-        "hidden_act": "silu",
+        "hidden_act": "relu2" if shape.architecture == "bitnet" else "silu",
         "tie_word_embeddings": shape.tie,
         "bos_token_id": 1,
         "eos_token_id": 2,

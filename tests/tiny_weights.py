@@ -26,6 +26,7 @@ class TinyShape:
     tie: bool = True
     qkv_bias: bool | None = None
     qk_norm: bool | None = None
+    residual_streams: int = 1
 
     @property
     def width(self) -> int:
@@ -41,6 +42,11 @@ class TinyShape:
     def has_qk_norm(self) -> bool:
         """Whether Q and K are normalized per head."""
         return self.architecture == "qwen3" if self.qk_norm is None else self.qk_norm
+
+    @property
+    def has_sub_norms(self) -> bool:
+        """Whether attention's output and the gated activations are normalized (bitnet, bitnet-b1.58)."""
+        return self.architecture.startswith("bitnet")
 
 
 def tiny_weights(shape: TinyShape, seed: int = 0) -> dict[str, np.ndarray]:
@@ -77,6 +83,11 @@ def tiny_weights(shape: TinyShape, seed: int = 0) -> dict[str, np.ndarray]:
             layer |= {"attn_v.bias": vector(kv_rows, 0)}
         if shape.has_qk_norm:
             layer |= {"attn_q_norm.weight": vector(shape.width, 1), "attn_k_norm.weight": vector(shape.width, 1)}
+        if shape.has_sub_norms:
+            layer |= {"attn_sub_norm.weight": vector(q_rows, 1), "ffn_sub_norm.weight": vector(shape.ffn, 1)}
+        if shape.residual_streams == 2:  # alpha, pre 0, pre 1, post 0, post 1 for attention and for the FFN
+            values = rng.standard_normal((2, 5)) * [2, 0.3, 0.3, 0.3, 0.3] + [0, 0.5, 0.5, 1, 1]
+            layer |= {"residual_streams": values.astype(np.float32)}
         weights |= {f"blk.{i}.{name}": array for name, array in layer.items()}
     return weights
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 from finetune.model.lora import GROUP_PROJECTIONS, LoraSpec, factor_shapes, module_name
 from finetune.model.model import ModelOptions
-from finetune.model.weights import GROUPS
+from finetune.model.weights import GROUPS, check_trainable
 from finetune.ops.attention_tiles import MAX_QUERIES, MAX_SCORES
 from finetune.ops.cross_entropy import CHUNK_BYTES, SOFTMAX_BYTES
 from finetune.ops.numeric import wide_dtype
@@ -75,7 +75,8 @@ def plan_memory(
     optimizer_slots: int = ADAMW_SLOTS,
     process_bytes: int = 0,
 ) -> MemoryPlan:
-    """A micro-batch of `num_tokens` rows, `num_loss_rows` of which carry loss (None: all)."""
+    """A micro-batch of `num_tokens` rows, `num_loss_rows` of which carry loss (None: all). Raises TrainingError."""
+    check_trainable(file.config)
     wide = wide_dtype(options.dtype).itemsize
     factors = sum(rows * columns for _, (rows, columns) in factor_shapes(file.config, spec)) * wide
     loss_rows = num_tokens if num_loss_rows is None else num_loss_rows

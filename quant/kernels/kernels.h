@@ -4,7 +4,8 @@
 // panel is a sequence of blocks of 32 values; inside a block the bytes of 4 consecutive k of the 16 rows stand
 // together (16 x 4 = 64 bytes = one vpdpbusd operand), so one broadcast of 4 activations feeds 16 outputs.
 // Quants are unsigned with the offset folded into the activation sums: value = d * (q - offset) [+ m].
-// Activations are int8 in blocks of 32 with one float32 scale each (one scale per row would cost 3-4.5 % perplexity).
+// Activations are int8 in blocks of 32 with one float32 scale each (one scale per row would cost 3-4.5 % perplexity);
+// a row's blocks all get the same scale where the model was trained with just that rounding (BitNet).
 //
 // Every function reduces over K (and attends over KV) in one order that does not depend on how many rows are
 // computed together, so a row's result is the same bits alone or in a batch. Kernels never allocate or throw.
@@ -53,6 +54,14 @@ inline int64_t act_index(int row, int64_t block, int64_t blocks, int group) {
   return ((row / group) * blocks + block) * group + row % group;
 }
 
+// What happens to two residual streams s0 and s1 between two sublayers: the output y of the one is added,
+//   s0' = keep s0 + swap s1 + post[0] y,  s1' = swap s0 + keep s1 + post[1] y  (keep + swap = 1: doubly stochastic),
+// and the input of the other is read: pre[0] s0' + pre[1] s1'.
+struct StreamMix {
+  float keep, swap;
+  float post[2], pre[2];
+};
+
 struct AttentionArgs {
   const float* q;               // first query row of the sequence: [tokens][q_stride], heads side by side
   float* out;                   // [tokens][out_stride]
@@ -71,7 +80,8 @@ struct Kernels {
   const char* name;
   int32_t max_group;  // largest activation group this ISA's matmul takes
 
-  void (*quantize_rows)(const float* x, int64_t stride, int row_begin, int row_end, int cols, int group, ActBlock* out);
+  void (*quantize_rows)(const float* x, int64_t stride, int row_begin, int row_end, int cols, int group,
+                        bool one_scale, ActBlock* out);
   // out = x minus what `quantized` says of it: the rounding error, for a second pass at 1/127 of the step.
   void (*rounding_error)(const float* x, int64_t stride, int row_begin, int row_end, int cols, int group,
                          const ActBlock* quantized, float* out);
@@ -85,6 +95,9 @@ struct Kernels {
   // Half-split rotary embedding of one head in place; cos_sin holds rope_dim/2 cosines, then as many sines.
   void (*rope)(float* head, const float* cos_sin, int rope_dim);
   void (*silu_mul)(const float* gate, const float* up, int n, float* out);
+  void (*relu2_mul)(const float* gate, const float* up, int n, float* out);  // max(gate, 0)^2 * up
+  // Streams in place, the next input to out, which may be y or a stream.
+  void (*mix_streams)(const StreamMix& mix, const float* y, int n, float* s0, float* s1, float* out);
   void (*add_bias)(float* x, const float* bias, int n);
   void (*store_kv)(const float* k, const float* v, int head_dim, int padded_dim, int slot_in_block, uint16_t* k_block,
                    uint16_t* v_block);

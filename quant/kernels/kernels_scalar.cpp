@@ -8,8 +8,8 @@
 namespace sterna {
 namespace {
 
-constexpr Kernels kTable = {"scalar",  kMaxGroup, quantize_rows, rounding_error, matmul, matmul_float, rms_norm,
-                            rope,      silu_mul,  add_bias,      store_kv,       attention, argmax,    sum_exp,
+constexpr Kernels kTable = {"scalar",      kMaxGroup, quantize_rows, rounding_error, matmul,    matmul_float, rms_norm, rope,
+                            silu_mul,    relu2_mul, mix_streams,   add_bias,       store_kv,  attention,    argmax,   sum_exp,
                             exp_shifted};
 
 }  // namespace

@@ -34,6 +34,8 @@ _TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<half>[AB
 
 def load_adapter_files(path: str | Path, config: "ModelConfig") -> LoraWeights:
     """Read the adapter in directory `path` for the model `config`. Raises AdapterError."""
+    if config.architecture == "bitnet":  # PEFT has no layer for BitNet's: nothing to be equal to
+        raise AdapterError("a bitnet model cannot serve adapters (accepted: llama, qwen2, qwen3)")
     directory = Path(path)
     config_bytes = _read_config(directory / CONFIG_NAME)
     targets = read_lora_targets(config_bytes, config)

@@ -13,6 +13,7 @@ from quant.errors import ModelFileError
 from quant.formats import GGMLType
 from quant.model_file import ModelConfig, ModelFile, Tensor
 from quant.rope_order import half_split_rows
+from quant.tensor_rules import STREAMS
 
 _PROJECTIONS = {
     "attn_q": "q_proj",
@@ -28,6 +29,9 @@ _VECTORS = {
     "ffn_norm.weight": "ffn_norm",
     "attn_q_norm.weight": "q_norm",
     "attn_k_norm.weight": "k_norm",
+    "attn_sub_norm.weight": "attn_sub_norm",
+    "ffn_sub_norm.weight": "ffn_sub_norm",
+    STREAMS: "streams",
     "attn_q.bias": "q_bias",
     "attn_k.bias": "k_bias",
     "attn_v.bias": "v_bias",
@@ -58,6 +62,9 @@ def load_model(
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=config.rope_theta,
         rope_factors=list(config.rope_freq_factors or ()),
+        squared_relu=config.activation == "relu2",
+        row_scales=config.row_scales,
+        two_streams=config.residual_streams == 2,
         isa=isa,
         num_threads=num_threads,
     )
@@ -79,7 +86,7 @@ def _add(model: "_sterna.Model", config: ModelConfig, tensor: Tensor) -> None:
     if tensor.name == "rope_freqs.weight":
         return  # part of the configuration: rope_freq_factors
     prefix, layer, name = _split(tensor.name)
-    if len(tensor.shape) == 1:
+    if len(tensor.shape) == 1 or name == STREAMS:
         vector = _as_float(tensor)
         kind = "output_norm" if tensor.name == "output_norm.weight" else _VECTORS[name]
         if tensor.rope_interleaved:

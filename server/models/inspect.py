@@ -55,6 +55,9 @@ def _describe(model: ModelFile) -> dict[str, Any]:
         "rope_scaling": config.rope_freq_factors is not None,
         "qkv_bias": config.qkv_bias,
         "qk_norm": config.qk_norm,
+        "sub_norms": config.sub_norms,
+        "activation": config.activation,
+        "residual_streams": config.residual_streams,
         "tie_embeddings": config.tie_embeddings,
         "kv_bytes_per_token": config.num_layers * 2 * config.num_kv_heads * config.head_dim * KV_ELEMENT_BYTES,
         "tensor_types": [

@@ -83,7 +83,7 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul_once(const Matrix& m, Floats2 
       if (is_float(w.format)) {
         k->matmul_float(w, x.data(), w.cols, nullptr, 0, rows, 0, w.panels, padded.data(), stride, false);
       } else {
-        if (i == 0) k->quantize_rows(x.data(), w.cols, 0, rows, w.cols, group, q.data());
+        if (i == 0) k->quantize_rows(x.data(), w.cols, 0, rows, w.cols, group, false, q.data());
         k->matmul(w, q.data(), group, 0, rows, 0, w.panels, padded.data(), stride, false);
       }
     }
@@ -91,12 +91,13 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul_once(const Matrix& m, Floats2 
   return padded;
 }
 
-nb::tuple quantize_once(Floats2 x, const std::string& isa) {
+nb::tuple quantize_once(Floats2 x, const std::string& isa, bool one_scale) {
   const Kernels* k = kernels_or_throw(isa);
   const size_t rows = x.shape(0), cols = x.shape(1), blocks = cols / kBlock;
   require(cols % kBlock == 0, "columns must be a multiple of 32");
   std::vector<ActBlock> q(rows * blocks);
-  k->quantize_rows(x.data(), static_cast<int64_t>(cols), 0, static_cast<int>(rows), static_cast<int>(cols), 1, q.data());
+  k->quantize_rows(x.data(), static_cast<int64_t>(cols), 0, static_cast<int>(rows), static_cast<int>(cols), 1, one_scale,
+                   q.data());
   auto values = new_floats(rows, cols);
   auto scales = new_floats(rows, blocks);
   for (size_t i = 0; i < q.size(); ++i) {
@@ -217,7 +218,7 @@ void bind_matrix(nb::module_& m) {
            "row_map"_a = nb::none())
       .def("to_float", &unpack)
       .def("matmul", &matmul_once, "x"_a, "isa"_a = "auto", "group"_a = 1, "repeat"_a = 1);
-  m.def("quantize_activations", &quantize_once, "x"_a, "isa"_a = "auto");
+  m.def("quantize_activations", &quantize_once, "x"_a, "isa"_a = "auto", "one_scale"_a = false);
   m.def("uniform", &philox_uniform, "seed"_a, "choice"_a, "position"_a);
   m.def("available_isas", &available_isas);
 }
@@ -228,14 +229,15 @@ void bind_model(nb::module_& m) {
           "__init__",
           [](Model* self, int num_layers, int hidden, int ffn, int num_heads, int num_kv_heads, int head_dim, int vocab,
              int rope_dim, int max_positions, float rms_norm_eps, float rope_theta, std::vector<float> rope_factors,
-             const std::string& isa, int num_threads) {
+             bool squared_relu, bool row_scales, bool two_streams, const std::string& isa, int num_threads) {
             require(num_threads >= 1 && num_threads <= 256, "num_threads must be between 1 and 256");
             new (self) Model({num_layers, hidden, ffn, num_heads, num_kv_heads, head_dim, vocab, rope_dim, max_positions,
-                              rms_norm_eps, rope_theta, std::move(rope_factors)},
+                              rms_norm_eps, rope_theta, std::move(rope_factors), squared_relu, row_scales, two_streams},
                              kernels_or_throw(isa), num_threads);
           },
           nb::kw_only(), "num_layers"_a, "hidden"_a, "ffn"_a, "num_heads"_a, "num_kv_heads"_a, "head_dim"_a, "vocab"_a,
-          "rope_dim"_a, "max_positions"_a, "rms_norm_eps"_a, "rope_theta"_a, "rope_factors"_a, "isa"_a, "num_threads"_a)
+          "rope_dim"_a, "max_positions"_a, "rms_norm_eps"_a, "rope_theta"_a, "rope_factors"_a,
+          "squared_relu"_a, "row_scales"_a, "two_streams"_a, "isa"_a, "num_threads"_a)
       .def("add_matrix", &model_add_matrix, "name"_a, "layer"_a, "ggml_type"_a, "data"_a, "rows"_a, "cols"_a,
            "row_map"_a = nb::none())
       .def("add_vector",

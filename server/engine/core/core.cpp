@@ -34,6 +34,7 @@ Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(m
   mask_words_ = static_cast<int>((pad16(s.vocab) + 31) / 32);
 
   x_ = arena_.allocate_array<float>(rows * hidden_stride_);
+  if (s.two_streams) second_ = arena_.allocate_array<float>(rows * hidden_stride_);
   normed_ = arena_.allocate_array<float>(rows * hidden_stride_);
   error_ = arena_.allocate_array<float>(rows * hidden_stride_);
   qkv_ = arena_.allocate_array<float>(rows * qkv_stride_);
@@ -113,7 +114,11 @@ void Core::prepare(const Batch& b) {
         to[i] = std::cos(angle);
         to[half + i] = std::sin(angle);
       }
-      unpack_row(model_->embedding(), b.token_ids[r], x_ + r * hidden_stride_);
+      const int64_t row = r * hidden_stride_, row_bytes = hidden_stride_ * static_cast<int64_t>(sizeof(float));
+      unpack_row(model_->embedding(), b.token_ids[r], x_ + row);
+      if (!second_) continue;
+      std::memcpy(second_ + row, x_ + row, static_cast<size_t>(row_bytes));
+      std::memset(normed_ + row, 0, static_cast<size_t>(row_bytes));  // no sublayer's output yet
     }
   });
 }
@@ -122,7 +127,13 @@ void Core::forward(const Batch& batch) {
   check(batch);
   prepare(batch);
   for (int i = 0; i < model_->shape().num_layers; ++i) run_layer(batch, i);
-  if (batch.logit_count) compute_logits(batch);
+  if (!batch.logit_count) return;
+  if (second_) {
+    for_rows(batch.rows, model_->shape().hidden * kMixWork, [&](int begin, int end) {
+      for (int r = begin; r < end; ++r) mix_streams(2 * model_->shape().num_layers, r, x_ + r * hidden_stride_);
+    });
+  }
+  compute_logits(batch);
 }
 
 void Core::run_layer(const Batch& b, int index) {
@@ -130,7 +141,9 @@ void Core::run_layer(const Batch& b, int index) {
   const Layer& layer = model_->layers()[static_cast<size_t>(index)];
   const int64_t kv = (qkv_stride_ - q_stride_) / 2;
 
-  norm_quantize(layer.attn_norm, b.rows);
+  // With two residual streams, what a sublayer puts out waits in normed_ for the next norm_quantize.
+  float* const residual = second_ ? normed_ : x_;
+  norm_quantize(layer.attn_norm, b.rows, 2 * index, layer.projection[kQ]);
   const Target qkv[3] = {{&layer.projection[kQ], kQ, qkv_},
                          {&layer.projection[kK], kK, qkv_ + q_stride_},
                          {&layer.projection[kV], kV, qkv_ + q_stride_ + kv}};
@@ -138,11 +151,11 @@ void Core::run_layer(const Batch& b, int index) {
   rotate_and_store(b, index);
   attend(b, index);
   const int64_t attn_stride = attn_ == attn_padded_ ? attn_stride_ : q_stride_;
-  quantize(attn_, attn_stride, b.rows, s.num_heads * s.head_dim);
-  const Target o = {&layer.projection[kO], kO, x_};
-  project(index, attn_, attn_stride, b.rows, &o, 1, hidden_stride_, true);
+  norm_quantize(attn_, attn_stride, b.rows, layer.attn_sub_norm, layer.projection[kO]);
+  const Target o = {&layer.projection[kO], kO, residual};
+  project(index, attn_, attn_stride, b.rows, &o, 1, hidden_stride_, !second_);
 
-  norm_quantize(layer.ffn_norm, b.rows);
+  norm_quantize(layer.ffn_norm, b.rows, 2 * index + 1, layer.projection[kGate]);
   const Target gate_up[2] = {{&layer.projection[kGate], kGate, gate_up_},
                              {&layer.projection[kUp], kUp, gate_up_ + ffn_stride_}};
   project(index, normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_, false);
@@ -150,15 +163,19 @@ void Core::run_layer(const Batch& b, int index) {
   // alone make 23 % of the logits' noise variance (the other 29 pairs 16 % together). Sixteen bits there cost 2 %.
   if (index + 1 == s.num_layers) refine(normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_);
   const Kernels& k = model_->kernels();
+  const auto gated = s.squared_relu ? k.relu2_mul : k.silu_mul;
+  const PackedMatrix& to_down = layer.projection[kDown];
   for_rows(b.rows, s.ffn * 4, [&](int begin, int end) {
     for (int r = begin; r < end; ++r) {
       const float* gate = gate_up_ + r * 2 * ffn_stride_;
-      k.silu_mul(gate, gate + ffn_stride_, s.ffn, act_ + r * ffn_stride_);
+      float* act = act_ + r * ffn_stride_;
+      gated(gate, gate + ffn_stride_, s.ffn, act);
+      if (layer.ffn_sub_norm) k.rms_norm(act, layer.ffn_sub_norm, s.ffn, s.rms_norm_eps, act);
     }
-    if (s.ffn % kBlock == 0) k.quantize_rows(act_, ffn_stride_, begin, end, s.ffn, group_, quantized_);
+    if (s.ffn % kBlock == 0) k.quantize_rows(act_, ffn_stride_, begin, end, s.ffn, group_, one_scale(to_down), quantized_);
   });
-  const Target down = {&layer.projection[kDown], kDown, x_};
-  project(index, act_, ffn_stride_, b.rows, &down, 1, hidden_stride_, true);
+  const Target down = {&to_down, kDown, residual};
+  project(index, act_, ffn_stride_, b.rows, &down, 1, hidden_stride_, !second_);
 }
 
 void Core::rotate_and_store(const Batch& b, int index) {
@@ -246,7 +263,7 @@ void Core::compute_logits(const Batch& b) {
       k.rms_norm(x_ + b.logit_rows[i] * hidden_stride_, model_->output_norm(), s.hidden, s.rms_norm_eps,
                  normed_ + i * hidden_stride_);
     }
-    if (s.hidden % kBlock == 0) k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, quantized_);
+    if (s.hidden % kBlock == 0) k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, false, quantized_);
   });
   const Target head = {&model_->head(), -1, logits_};
   lora_groups_.clear();  // no adapter touches the head

@@ -17,6 +17,7 @@ namespace sterna {
 
 // Work below this many multiply-adds stays on the calling thread: waking the others costs about as much.
 constexpr int64_t kInlineWork = 20000;
+constexpr int64_t kMixWork = 6;  // of mixing two residual streams, in multiply-adds a value
 
 struct CoreLimits {
   int num_blocks, max_num_seqs, max_batch_tokens, max_logit_rows, max_loras;
@@ -68,8 +69,13 @@ class Core {
   void prepare(const Batch& batch);
   void group_lora_rows(const Batch& batch);
   void run_layer(const Batch& batch, int index);
-  void norm_quantize(const float* weight, int rows);
-  void quantize(const float* x, int64_t stride, int rows, int cols);
+  // normed_ and quantized_ from the residual, as the input of `w` at place `sublayer`. With two streams, the output of
+  // the sublayer before is in normed_ and goes into them first.
+  void norm_quantize(const float* weight, int rows, int sublayer, const PackedMatrix& w);
+  void mix_streams(int place, int row, float* out);
+  // The same from x, which is normalized in place where there is a `norm`.
+  void norm_quantize(float* x, int64_t stride, int rows, const float* norm, const PackedMatrix& w);
+  bool one_scale(const PackedMatrix& w) const;
   // out (+)= W x + LoRA for up to three projections of the same input.
   void project(int layer, const float* x, int64_t x_stride, int rows, const Target* targets, int count,
                int64_t out_stride, bool accumulate);
@@ -92,6 +98,7 @@ class Core {
   std::vector<float> frequencies_;
   std::vector<uint16_t*> k_cache_, v_cache_;
   float *x_, *normed_, *error_, *qkv_, *queries_, *attn_padded_, *attn_, *gate_up_, *act_, *cos_sin_, *lora_t_, *logits_;
+  float* second_ = nullptr;  // the second residual stream; x_ is the first
   ActBlock* quantized_;
   int32_t* masks_;
   int group_ = 1;

@@ -2,6 +2,7 @@
 #include "model.h"
 
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -12,6 +13,8 @@ namespace {
 
 constexpr const char* kProjectionNames[kNumProjections] = {"q_proj",    "k_proj",  "v_proj",   "o_proj",
                                                            "gate_proj", "up_proj", "down_proj"};
+
+constexpr int kStreamValues = 5;  // alpha, pre0, pre1, post0, post1
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -111,17 +114,37 @@ void Model::add_vector(const std::string& name, int layer, const float* data, in
   else if (name == "q_bias") expect(q), l.bias[kQ] = copy;
   else if (name == "k_bias") expect(kv), l.bias[kK] = copy;
   else if (name == "v_bias") expect(kv), l.bias[kV] = copy;
+  else if (name == "attn_sub_norm") expect(q), l.attn_sub_norm = copy;
+  else if (name == "ffn_sub_norm") expect(shape_.ffn), l.ffn_sub_norm = copy;
+  else if (name == "streams") expect(2 * kStreamValues), l.streams = copy;
   else fail("no such vector: " + name);
 }
 
 void Model::finish() {
   if (!embedding_.q || !output_norm_) fail("the embedding or the output norm is missing");
   for (size_t i = 0; i < layers_.size(); ++i) {
-    bool whole = layers_[i].attn_norm && layers_[i].ffn_norm;
+    bool whole = layers_[i].attn_norm && layers_[i].ffn_norm && shape_.two_streams == (layers_[i].streams != nullptr);
     for (const auto& m : layers_[i].projection) whole = whole && m.q;
     if (!whole) fail("layer " + std::to_string(i) + " is incomplete");
   }
   if (!head_.q) head_ = embedding_;
+  if (shape_.two_streams) make_mixes();
+}
+
+void Model::make_mixes() {
+  // Both streams begin as the embedding, and their mean is what the output norm sees.
+  StreamMix mix = {1, 0, {0, 0}, {0, 0}};
+  for (const auto& layer : layers_) {
+    for (const float* of : {layer.streams, layer.streams + kStreamValues}) {
+      mix.pre[0] = of[1];
+      mix.pre[1] = of[2];
+      mixes_.push_back(mix);
+      const double keep = 1 / (1 + std::exp(-static_cast<double>(of[0])));
+      mix = {static_cast<float>(keep), static_cast<float>(1 - keep), {of[3], of[4]}, {0, 0}};
+    }
+  }
+  mix.pre[0] = mix.pre[1] = 0.5f;
+  mixes_.push_back(mix);
 }
 
 }  // namespace sterna

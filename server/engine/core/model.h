@@ -17,6 +17,9 @@ struct ModelShape {
   int num_layers, hidden, ffn, num_heads, num_kv_heads, head_dim, vocab, rope_dim, max_positions;
   float rms_norm_eps, rope_theta;
   std::vector<float> rope_factors;  // divide the frequencies; empty: none
+  bool squared_relu;                // instead of SiLU
+  bool row_scales;                  // ternary matrices take activations with one scale a row, not one per 32 values
+  bool two_streams;                 // two residual streams, mixed between the sublayers
 };
 
 struct Layer {
@@ -26,16 +29,20 @@ struct Layer {
   const float* ffn_norm = nullptr;
   const float* q_norm = nullptr;  // per head (qwen3)
   const float* k_norm = nullptr;
+  const float* attn_sub_norm = nullptr;  // of the attention's output, before o_proj (bitnet)
+  const float* ffn_sub_norm = nullptr;   // of the gated activations, before down_proj
+  const float* streams = nullptr;        // for attention, then FFN: alpha, pre0, pre1, post0, post1
 };
 
 class Model {
  public:
   Model(ModelShape shape, const Kernels* kernels, int num_threads);
 
-  // `name` is "embedding", "head", "attn_norm", "ffn_norm", "output_norm", "q_norm", "k_norm" or a projection
-  // ("q_proj" ...); row_map as in pack_panels. Throws std::invalid_argument with the reason.
+  // `name` is "embedding", "head" or a projection ("q_proj" ...); row_map as in pack_panels. Throws
+  // std::invalid_argument with the reason.
   void add_matrix(const std::string& name, int layer, int ggml_type, const uint8_t* data, size_t bytes, int rows,
                   int cols, const int32_t* row_map);
+  // `name` is "output_norm" or, of a layer, a member of Layer ("attn_norm" ...) or "q_bias", "k_bias", "v_bias".
   void add_vector(const std::string& name, int layer, const float* data, int size);
   // Checks that nothing is missing and ties the head to the embedding when there is none.
   void finish();
@@ -47,6 +54,8 @@ class Model {
   const PackedMatrix& embedding() const { return embedding_; }
   const PackedMatrix& head() const { return head_; }
   const float* output_norm() const { return output_norm_; }
+  // Before each sublayer, attention and FFN in turn, and after the last; empty without two streams.
+  const std::vector<StreamMix>& mixes() const { return mixes_; }
   size_t weight_bytes() const { return weight_bytes_; }
 
   // Packs into this arena's memory; also what adapters use for their own.
@@ -54,6 +63,8 @@ class Model {
                            int cols, const int32_t* row_map);
 
  private:
+  void make_mixes();
+
   ModelShape shape_;
   const Kernels* kernels_;
   ThreadTeam team_;
@@ -61,6 +72,7 @@ class Model {
   std::vector<Layer> layers_;
   PackedMatrix embedding_ = {}, head_ = {};
   const float* output_norm_ = nullptr;
+  std::vector<StreamMix> mixes_;
   size_t weight_bytes_ = 0;
 };
 

@@ -27,6 +27,10 @@ class Shape:
     qkv_bias: bool = False
     qk_norm: bool = False
     rope_factors: tuple[float, ...] = ()
+    sub_norms: bool = False
+    squared_relu: bool = False
+    row_scales: bool = False
+    two_streams: bool = False
 
     def size(self, projection: str) -> tuple[int, int]:
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
@@ -63,6 +67,12 @@ class Twin:
                 self._vector(rng, "q_bias", i, s.heads * s.head_dim)
                 self._vector(rng, "k_bias", i, s.kv_heads * s.head_dim)
                 self._vector(rng, "v_bias", i, s.kv_heads * s.head_dim)
+            if s.sub_norms:
+                self._vector(rng, "attn_sub_norm", i, s.heads * s.head_dim)
+                self._vector(rng, "ffn_sub_norm", i, s.ffn)
+            if s.two_streams:  # alpha, pre0, pre1, post0, post1 for attention, then for the FFN
+                values = rng.standard_normal((2, 5)) * [2, 0.3, 0.3, 0.3, 0.3] + [0, 0.5, 0.5, 1, 1]
+                self.weights["streams", i] = values.astype(np.float32).reshape(-1)
         self._vector(rng, "output_norm", -1, s.hidden)
 
     def _matrix(self, rng: np.random.Generator, name: str, layer: int, rows: int, cols: int, scale: float) -> None:
@@ -90,6 +100,9 @@ class Twin:
             rms_norm_eps=1e-5,
             rope_theta=10000.0,
             rope_factors=list(s.rope_factors),
+            squared_relu=s.squared_relu,
+            row_scales=s.row_scales,
+            two_streams=s.two_streams,
             isa=isa,
             num_threads=threads,
         )
@@ -105,10 +118,14 @@ class Twin:
     def logits(self, ids: np.ndarray, lora: "dict[tuple[int, str], tuple] | None" = None) -> np.ndarray:
         """float64 (len(ids), vocab). `lora` maps (layer, projection) to (a, b, scale)."""
         s, w = self.shape, {k: v.astype(np.float64) for k, v in self.weights.items()}
-        x = w["embedding", -1][ids]
+        mixes = [w["streams", i] for i in range(s.layers)] if s.two_streams else None
+        streams = Streams(w["embedding", -1][ids], mixes)
         positions = np.arange(len(ids))
 
         def linear(name: str, layer: int, h: np.ndarray) -> np.ndarray:
+            if s.row_scales and self.kind == GGMLType.TQ2_0:
+                step = np.abs(h).max(-1, keepdims=True) / 127
+                h = np.round(h / step) * step
             y = h @ w[name, layer].T
             if lora and (layer, name) in lora:
                 a, b, scale = lora[layer, name]
@@ -116,7 +133,7 @@ class Twin:
             return y
 
         for i in range(s.layers):
-            h = _rms(x, w["attn_norm", i])
+            h = _rms(streams.read(2 * i), w["attn_norm", i])
             heads = {}
             for name, bias, count in (("q_proj", "q_bias", s.heads), ("k_proj", "k_bias", s.kv_heads)):
                 y = linear(name, i, h) + (w[bias, i] if s.qkv_bias else 0)
@@ -131,11 +148,17 @@ class Twin:
             scores = np.where(positions[None, :, None] >= positions[None, None], scores, -np.inf)
             p = np.exp(scores - scores.max(-1, keepdims=True))
             mixed = np.einsum("hqk,khd->qhd", p / p.sum(-1, keepdims=True), v).reshape(len(ids), -1)
-            x = x + linear("o_proj", i, mixed)
-            h = _rms(x, w["ffn_norm", i])
+            if s.sub_norms:
+                mixed = _rms(mixed, w["attn_sub_norm", i])
+            streams.write(2 * i, linear("o_proj", i, mixed))
+            h = _rms(streams.read(2 * i + 1), w["ffn_norm", i])
             gate = linear("gate_proj", i, h)
-            x = x + linear("down_proj", i, gate / (1 + np.exp(-gate)) * linear("up_proj", i, h))
-        return _rms(x, w["output_norm", -1]) @ w["embedding", -1].T
+            gate = np.maximum(gate, 0) ** 2 if s.squared_relu else gate / (1 + np.exp(-gate))
+            inner = gate * linear("up_proj", i, h)
+            if s.sub_norms:
+                inner = _rms(inner, w["ffn_sub_norm", i])
+            streams.write(2 * i + 1, linear("down_proj", i, inner))
+        return _rms(streams.end(), w["output_norm", -1]) @ w["embedding", -1].T
 
     def _rope(self, y: np.ndarray, positions: np.ndarray) -> np.ndarray:
         d = self.shape.rope_dim
@@ -146,6 +169,31 @@ class Twin:
         a, b, rest = y[..., : d // 2], y[..., d // 2 : d], y[..., d:]
         cos, sin = np.cos(angle), np.sin(angle)
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+class Streams:
+    """The residual: one stream that sublayers add to, or two that `weights` (ten numbers a layer) mix."""
+
+    def __init__(self, x: np.ndarray, weights: "list[np.ndarray] | None") -> None:
+        self._s = [x, x] if weights else [x]
+        self._weights = np.concatenate(weights).reshape(-1, 5) if weights else None
+
+    def read(self, sublayer: int) -> np.ndarray:
+        if self._weights is None:
+            return self._s[0]
+        _, pre0, pre1, _, _ = self._weights[sublayer]
+        return pre0 * self._s[0] + pre1 * self._s[1]
+
+    def write(self, sublayer: int, y: np.ndarray) -> None:
+        if self._weights is None:
+            self._s = [self._s[0] + y]
+            return
+        alpha, _, _, post0, post1 = self._weights[sublayer]
+        m, (a, b) = 1 / (1 + np.exp(-alpha)), self._s
+        self._s = [m * a + (1 - m) * b + post0 * y, (1 - m) * a + m * b + post1 * y]
+
+    def end(self) -> np.ndarray:
+        return sum(self._s) / len(self._s)
 
 
 def _rms(x: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """A served model's forward pass once more, in NumPy on the dequantized weights: the float twin of the C++ core.
 
-Reads what `open_model` gives (GGUF or Hugging Face; llama, qwen2, qwen3) and shares nothing else with the server:
+Reads what `open_model` gives (GGUF or Hugging Face, every architecture) and shares nothing else with the server:
 blocks are dequantized by the `gguf` package, and interleaved Q and K are left as they are and rotated in adjacent
 pairs, where the core un-permutes them. Weights, activations and KV stay float, so that what is left between the two
 is the core's rounding: int8 activations and an f16 KV cache.
@@ -20,7 +20,7 @@ import _sterna
 from quant.formats import GGMLType
 from quant.model_file import ModelFile, Tensor
 from server.text.tokenizer import build_tokenizer
-from tests.server.engine.core_twin import run
+from tests.server.engine.core_twin import Streams, run
 
 _QUERY_ROWS = 256
 """Query rows of one attention tile: scores of 9 heads against 2,000 keys take 18 MB."""
@@ -61,21 +61,27 @@ class Reference:
 
     def _hidden(self, ids: np.ndarray) -> np.ndarray:
         w, c = self._weights, self._config
-        x = w["token_embd.weight"][ids]
+        mixes = [w[f"blk.{i}.residual_streams"] for i in range(c.num_layers)] if c.residual_streams == 2 else None
+        streams = Streams(w["token_embd.weight"][ids], mixes)
         angles = np.arange(len(ids))[:, None, None] * self._frequencies
         turn = np.cos(angles).astype(self._dtype), np.sin(angles).astype(self._dtype)
         for i in range(c.num_layers):
             layer = f"blk.{i}."
-            h = self._norm(x, w[layer + "attn_norm.weight"])
+            h = self._norm(streams.read(2 * i), w[layer + "attn_norm.weight"])
             q = self._heads(h, layer + "attn_q", turn)
             k = self._heads(h, layer + "attn_k", turn)
             v = self._linear(h, layer + "attn_v").reshape(len(ids), c.num_kv_heads, c.head_dim)
-            x = x + self._linear(self._attend(q, k, v), layer + "attn_output")
-            h = self._norm(x, w[layer + "ffn_norm.weight"])
+            mixed = self._sub_norm(self._attend(q, k, v), layer + "attn_sub_norm.weight")
+            streams.write(2 * i, self._linear(mixed, layer + "attn_output"))
+            h = self._norm(streams.read(2 * i + 1), w[layer + "ffn_norm.weight"])
             gate = self._linear(h, layer + "ffn_gate")
-            act = gate / (1 + np.exp(-gate)) * self._linear(h, layer + "ffn_up")
-            x = x + self._linear(act, layer + "ffn_down")
-        return self._norm(x, w["output_norm.weight"])
+            gate = np.maximum(gate, 0) ** 2 if c.activation == "relu2" else gate / (1 + np.exp(-gate))
+            act = self._sub_norm(gate * self._linear(h, layer + "ffn_up"), layer + "ffn_sub_norm.weight")
+            streams.write(2 * i + 1, self._linear(act, layer + "ffn_down"))
+        return self._norm(streams.end(), w["output_norm.weight"])
+
+    def _sub_norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        return self._norm(x, self._weights[name]) if self._config.sub_norms else x
 
     def _norm(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
         mean = np.square(x).mean(-1, keepdims=True)

@@ -315,3 +315,8 @@ def test_damaged_tensor_files_never_crash(tmp_path_factory, data):
         return
     assert len(weights.projections) == len(intact.projections)
     assert all(np.isfinite(part.a).all() and np.isfinite(part.b).all() for part in weights.projections)
+
+
+def test_a_bitnet_model_takes_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="a bitnet model cannot serve adapters"):
+        load_adapter_files(tmp_path, small_model(architecture="bitnet"))

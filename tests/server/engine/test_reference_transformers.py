@@ -1,4 +1,4 @@
-"""Tiny random llama, qwen2 and qwen3 models: `transformers`' float32 logits against our NumPy reference and the core.
+"""Tiny random models of every architecture: `transformers`' float32 logits against our NumPy reference and the core.
 
 The same weights go in as a Hugging Face directory (read by both sides) and as a GGUF file (Q and K interleaved for
 llama). The reference, in float64, must be within float32 rounding; the core within that and its f16 KV cache.
@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen2": {"architecture": "qwen2"},
     "qwen2 untied": {"architecture": "qwen2", "tie": False, "rope_theta": 1e6, "rms_norm_eps": 1e-6},
     "qwen3": {"architecture": "qwen3"},
+    "bitnet": {"architecture": "bitnet", "tie": False},
+    "bitnet tied, silu": {"architecture": "bitnet", "kv_heads": 4, "config": {"hidden_act": "silu"}},
     "qwen3 wide heads": {"architecture": "qwen3", "head_dim": 32, "tie": False, "rope_theta": 1e6},
 }
 IDS = np.random.default_rng(3).integers(0, 384, 200).astype(np.int32)
@@ -89,7 +91,10 @@ def gguf_arguments(case: dict[str, Any]) -> dict[str, Any]:
     case = dict(case)
     if case.get("architecture") == "mistral":
         case["architecture"] = "llama"
-    rope = case.pop("config", {}).get("rope_parameters", {})
+    config = case.pop("config", {})
+    rope = config.get("rope_parameters", {})
+    if case.get("architecture") == "bitnet":
+        case["metadata"] = {"bitnet.hidden_activation": config.get("hidden_act", "relu2")}
     if rope.get("rope_type") == "linear":
         case["metadata"] = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": rope["factor"]}
     if rope.get("rope_type") == "llama3":
