@@ -12,6 +12,7 @@ import numpy as np
 
 from quant.errors import ModelFileError
 from quant.formats import GGMLType
+from quant.gguf_config import RESIDUAL_STREAMS
 from quant.gguf_reader import GGUFHeader
 from quant.gguf_writer import RawValue, TensorSource
 from quant.model_types import ModelConfig
@@ -93,6 +94,10 @@ def config_metadata(config: ModelConfig, main_type: GGMLType) -> dict[str, Any]:
         f"{arch}.rope.freq_base": config.rope_theta,
         f"{arch}.vocab_size": config.vocab_size,
     }
+    if arch == "bitnet":
+        values[f"{arch}.hidden_activation"] = config.activation
+    if config.residual_streams != 1:
+        values[RESIDUAL_STREAMS] = config.residual_streams
     factors = set(config.rope_freq_factors or ())
     if len(factors) == 1:
         values |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": factors.pop()}

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from quant.errors import ModelFileError
+from quant.export import export_gguf
+from quant.export_types import choose_types
 from quant.formats import GGMLType
+from quant.gguf_metadata import config_metadata
 from quant.model_file import ModelFile, open_model
 from server.engine.weights import load_core
 from tests.tiny_models import write_tiny_gguf, write_tiny_hf
@@ -119,3 +122,17 @@ def test_streams_that_do_not_fit_are_named(tmp_path: Path) -> None:
     model = open_tiny(tmp_path, replace={name: np.full((2, 5), np.inf, np.float32)}, **two)
     with pytest.raises(ModelFileError, match=rf"{name}: .*not finite"):
         load_core(model, isa="auto", num_threads=1, num_blocks=4, max_num_seqs=1, max_batch_tokens=16)
+
+
+@pytest.mark.parametrize("shape", [{"residual_streams": 2}, {"architecture": "bitnet-b1.58"}])
+def test_what_is_written_anew_is_the_same_network(tmp_path: Path, shape: dict[str, Any]) -> None:
+    file = open_tiny(tmp_path, **shape)
+    found = {name: (tensor.type, tensor.shape) for name, tensor in file.tensors.items()}
+    choices = choose_types(file.path, found, GGMLType.Q8_0)
+    export_gguf(file, tmp_path / "new.gguf", choices, config_metadata(file.config, GGMLType.Q8_0))
+    written = open_model(tmp_path / "new.gguf")
+    assert written.config == file.config
+    assert written.tensors["blk.1.attn_q.weight"].type is GGMLType.Q8_0
+    for name in set(file.tensors) & {"blk.1.residual_streams", "blk.1.ffn_sub_norm.weight"}:
+        assert written.tensors[name].type is GGMLType.F32
+        assert np.array_equal(written.tensors[name].read(), file.tensors[name].read())

@@ -76,7 +76,7 @@ def test_everything_of_a_file_can_be_written_again(tmp_path: Path, tokenizer: st
         assert copy.tensors[name].read().tobytes() == tensor.read().tobytes()
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "bitnet"])
 @pytest.mark.parametrize("factor", [None, 4.0])
 def test_a_configuration_is_read_as_it_was_written(tmp_path: Path, architecture: str, factor: float | None) -> None:
     file = open_model(write_tiny_gguf(tmp_path / "source.gguf", architecture=architecture, head_dim=32))

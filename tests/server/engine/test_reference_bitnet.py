@@ -89,6 +89,6 @@ def test_equals_transformers(isa: str, tmp_path: Path) -> None:
     core = load_core(file, isa=isa, num_threads=1, num_blocks=16, max_num_seqs=1, max_batch_tokens=64)
     got = np.concatenate(list(core_logits(core, IDS)))
     # Measured 0.020: the f16 cache puts some activations on the other side of a rounding boundary, a step of 1/127 of
-    # the row's largest each. Scales per 32 values, blind to the rounding that was trained, are 0.034 away.
-    assert np.sqrt(np.square(got - expected).mean()) < 0.03 * expected.std()
+    # the row's largest each. Scales per 32 values, blind to the rounding that was trained, are 0.029 away (and 0.95).
+    assert np.sqrt(np.square(got - expected).mean()) < 0.025 * expected.std()
     assert np.mean(got.argmax(1) == expected.argmax(1)) >= 0.95
