@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from finetune.errors import TrainingError
 from finetune.model.lora import GROUP_PROJECTIONS, LoraSpec, module_name, parameter_name
 from finetune.model.weights import FrozenLayer
 from finetune.ops.attention import Layout, attend
@@ -56,6 +57,15 @@ class Layer:
         return project(source, self.projections[group], self.factors[group])
 
 
+def check_trainable(config: ModelConfig) -> None:
+    """Raises TrainingError for a model whose layers are others than these."""
+    if config.architecture == "bitnet":
+        raise TrainingError("adapters of a bitnet model cannot be trained (accepted: llama, qwen2, qwen3)")
+    if config.residual_streams != 1:
+        reason = f"this {config.architecture} model has {config.residual_streams} residual streams"
+        raise TrainingError(f"adapters of {config.name} cannot be trained: {reason}; one is accepted")
+
+
 def make_layer(
     config: ModelConfig,
     index: int,
@@ -64,7 +74,8 @@ def make_layer(
     parameters: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> Layer:
-    """Layer `index`, computing in `dtype`."""
+    """Layer `index`, computing in `dtype`. Raises TrainingError."""
+    check_trainable(config)
     prologues: dict[str, Prologue] = {
         "qkv": Norm(frozen.attention_norm, config.rms_norm_eps, dtype),
         "o": Plain(),

@@ -10,9 +10,10 @@ processes, CUDA's allocator.
 
 from dataclasses import asdict, dataclass
 
+from finetune.model.layer import check_trainable
 from finetune.model.lora import GROUP_PROJECTIONS, LoraSpec, factor_shapes, module_name
 from finetune.model.model import ModelOptions
-from finetune.model.weights import GROUPS, check_trainable
+from finetune.model.weights import GROUPS
 from finetune.ops.attention_tiles import MAX_QUERIES, MAX_SCORES
 from finetune.ops.cross_entropy import CHUNK_BYTES, SOFTMAX_BYTES
 from finetune.ops.numeric import wide_dtype

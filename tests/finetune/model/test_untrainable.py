@@ -1,4 +1,4 @@
-"""Models that the engine serves and LoRA training does not know are refused by name, before anything is loaded."""
+"""Models that the engine serves and LoRA training does not know are refused by name."""
 
 from pathlib import Path
 from typing import Any
