@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quant.errors import ModelFileError
 from quant.formats import BLOCK, WRITABLE, GGMLType
-from quant.tensor_rules import EMBEDDING, HEAD, STREAMS, layer_kind
+from quant.tensor_rules import EMBEDDING, HEAD
 
 _TERNARY = (GGMLType.TQ1_0, GGMLType.TQ2_0)
 _FLOATS = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
@@ -55,8 +55,8 @@ def choose_types(
 def _choose(
     name: str, source: GGMLType, shape: tuple[int, ...], wanted: GGMLType, keep: Sequence[tuple[str, GGMLType]]
 ) -> TypeChoice:
-    if len(shape) == 1 or layer_kind(name) == STREAMS:
-        return TypeChoice(GGMLType.F32, "a vector" if len(shape) == 1 else "a few scalars")
+    if len(shape) == 1:
+        return TypeChoice(GGMLType.F32, "a vector")
     kept = next((type_ for pattern, type_ in keep if fnmatch.fnmatchcase(name, pattern)), None)
     target, note = wanted, ""
     if kept is not None:

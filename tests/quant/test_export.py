@@ -71,7 +71,7 @@ def test_types_are_chosen_by_name_shape_and_what_there_is() -> None:
         choose_types(Path("m"), tensors, Q8_0, [("blk.0.attn_norm.weight", F32)])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "bitnet"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("wanted", [F32, Q8_0, TQ2_0, TQ1_0])
 def test_a_directory_becomes_a_file_of_the_same_weights(tmp_path: Path, architecture: str, wanted: GGMLType) -> None:
     file = open_model(write_tiny_hf(tmp_path / "hf", architecture=architecture, tie=False, **WIDE))
