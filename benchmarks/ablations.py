@@ -28,12 +28,11 @@ from finetune.dataset.examples import Lessons, snapshot_lessons
 from finetune.dataset.order import shuffled
 from finetune.dataset.snapshot import Snapshot
 from finetune.model.allocator import keep_freed_memory
-from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
 from finetune.packed import Example
 from finetune.rounds.adapter import Adapter
 from finetune.rounds.references import reference_margins
-from finetune.rounds.training import answer_losses, micro_batches, round_steps, train_settings
+from finetune.rounds.training import answer_losses, lora_spec, micro_batches, open_model, round_steps, train_settings
 from finetune.train.loop import train
 from server.config import DEFAULT_MODEL, Settings
 from server.machine import physical_cores
@@ -91,8 +90,7 @@ def run(snapshot: Snapshot, model: Path, own: FinetuneSettings) -> Scores:
     )
     if own.dpo_weight and not lessons.pairs:
         raise SystemExit("this snapshot has no corrections of served answers, so there is nothing for dpo")
-    spec = LoraSpec(rank=own.rank, alpha=own.alpha, dropout=own.dropout, use_rslora=own.rslora)
-    trained = TrainModel.open(model, spec, checkpointing=own.checkpointing, seed=own.seed)
+    trained = open_model(model, lora_spec(own), own)
     try:
         trained.answer_losses = answer_losses(own)
         with tempfile.TemporaryDirectory() as folder:

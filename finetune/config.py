@@ -26,6 +26,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_RANK = "(q|k|v|o|gate|up|down)_proj=[1-9][0-9]?"
 WebhookUrl = Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
 
 
@@ -41,9 +42,7 @@ class FinetuneSettings(BaseModel):
     host: Annotated[str, Field(min_length=1)] = Field("127.0.0.1", description="address of metrics and triggers")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8001, description="their port; 0 picks a free one")
     min_new_traces: Count = Field(200, description="new traces with a usable label after which a round begins")
-    every_hours: Positive | None = Field(
-        None, description="a round every so many hours, if anything is new [never]"
-    )
+    every_hours: Positive | None = Field(None, description="a round every so many hours, if anything is new [never]")
     episode_idle_minutes: Positive = Field(10.0, description="an episode is over when nothing came for so long")
     poll_seconds: Positive = Field(30.0, description="between two looks at what is new, and at canaries")
     webhook_urls: Annotated[tuple[WebhookUrl, ...], BeforeValidator(one_or_many)] = Field(
@@ -65,6 +64,9 @@ class FinetuneSettings(BaseModel):
 
     # -- training
     rank: Annotated[int, Field(ge=1, le=64)] = Field(16, description="of the LoRA matrices")
+    ranks: Annotated[str, Field(pattern=rf"^{_RANK}(,{_RANK})*$")] | None = Field(
+        None, description="other ranks by projection, as q_proj=8,down_proj=32 [all have the rank]"
+    )
     alpha: Positive = Field(32.0, description="of LoRA: the scale is alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of LoRA's input")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank)")
@@ -103,6 +105,9 @@ class FinetuneSettings(BaseModel):
         None, description="everyday prompts whose answers by the base are held on to, 0 for none [all that we have]"
     )
     curriculum: bool = Field(False, description="easy examples first")
+    upcast: bool = Field(
+        False, description="residual stream and attention scores in float32: a third less rounding for a twelfth more time"
+    )
     checkpointing: bool = Field(
         False, description="run each layer again for its gradients: a third slower, for contexts that do not fit"
     )

@@ -50,10 +50,8 @@ def run_training(
     pause: Callable[[], None],
 ) -> Done:
     """Raises DivergedError, TrainingError, RoundError, ModelFileError."""
-    spec = LoraSpec(rank=own.rank, alpha=own.alpha, dropout=own.dropout, use_rslora=own.rslora)
-    if parent is not None:
-        spec = _unpack(parent, task.folder / PARENT)
-    trained = TrainModel.open(model, spec, checkpointing=own.checkpointing, seed=own.seed)
+    spec = lora_spec(own) if parent is None else _unpack(parent, task.folder / PARENT, own.dropout)
+    trained = open_model(model, spec, own)
     try:
         if trained.base_digest() != task.round.base_digest:
             raise RoundError(f"the base changed: {model} is {trained.base_digest()}, the round began with another")
@@ -154,6 +152,21 @@ def round_lessons(snapshot: Snapshot, own: FinetuneSettings) -> tuple[Lessons, l
     return lessons, pack(validated, longest, seed=own.seed, epoch=0)
 
 
+def lora_spec(own: FinetuneSettings) -> LoraSpec:
+    pairs = (one.split("=") for one in own.ranks.split(",")) if own.ranks else ()
+    return LoraSpec(
+        rank=own.rank,
+        alpha=own.alpha,
+        dropout=own.dropout,
+        use_rslora=own.rslora,
+        rank_pattern={projection: int(rank) for projection, rank in pairs},
+    )
+
+
+def open_model(path: Path, spec: LoraSpec, own: FinetuneSettings) -> TrainModel:
+    return TrainModel.open(path, spec, checkpointing=own.checkpointing, upcast=own.upcast, seed=own.seed)
+
+
 def answer_losses(own: FinetuneSettings) -> AnswerLosses:
     return AnswerLosses(own.dpo_weight, own.dpo_beta, own.sequence_weight, own.call_head_weight)
 
@@ -229,8 +242,8 @@ def _logged(path: Path) -> list[tuple[int, float, float | None]]:
     return [steps[step] for step in sorted(steps)]
 
 
-def _unpack(parent: Parent, folder: Path) -> LoraSpec:
-    """Its rank and scales. Raises RoundError."""
+def _unpack(parent: Parent, folder: Path, dropout: float) -> LoraSpec:
+    """Its ranks and scales. Raises RoundError."""
     folder.mkdir(exist_ok=True)
     with zipfile.ZipFile(io.BytesIO(parent.archive)) as archive:
         for name in (CONFIG_NAME, TENSORS_NAME):
@@ -240,6 +253,7 @@ def _unpack(parent: Parent, folder: Path) -> LoraSpec:
         return LoraSpec(
             rank=config["r"],
             alpha=float(config["lora_alpha"]),
+            dropout=dropout,
             use_rslora=bool(config.get("use_rslora")),
             targets=tuple(sorted(config["target_modules"])),
             rank_pattern=config.get("rank_pattern") or {},

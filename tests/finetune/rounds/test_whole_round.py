@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from finetune.config import FinetuneSettings
@@ -184,6 +185,22 @@ def test_the_best_checkpoint_is_exported(bench: Bench) -> None:
     assert found["stopped_early"] == (facts["num_steps"] < SETTINGS.max_steps)
     assert found["num_examples"] >= 1
     assert "which is exported" in round_page(done)
+
+
+def test_what_may_be_chosen_reaches_the_weights(bench: Bench) -> None:
+    plain = bench.run().facts["train"]["losses"]
+    bench.settings = SETTINGS.model_copy(
+        update={"ranks": "q_proj=2,down_proj=3", "upcast": True, "checkpointing": True}
+    )
+    chosen = bench.run().facts["train"]["losses"]
+    assert chosen[0][1] == pytest.approx(plain[0][1], rel=0.02), "B is zero: the base's loss, rounded otherwise"
+    with zipfile.ZipFile(io.BytesIO(bench.server.archives["tools@2"])) as archive:
+        config = json.loads(archive.read("adapter_config.json"))
+        tensors = safetensors.torch.load(archive.read("adapter_model.safetensors"))
+    assert config["rank_pattern"] == {"q_proj": 2, "down_proj": 3}
+    ranks = {name.split(".")[-3]: len(value) for name, value in tensors.items() if "lora_A" in name}
+    assert (ranks["q_proj"], ranks["down_proj"], ranks["k_proj"]) == (2, 3, SETTINGS.rank)
+    assert all(value.any() for value in tensors.values()), "every factor was trained"
 
 
 @pytest.mark.slow
