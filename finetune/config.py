@@ -106,7 +106,7 @@ class FinetuneSettings(BaseModel):
     )
     curriculum: bool = Field(False, description="easy examples first")
     upcast: bool = Field(
-        False, description="residual stream and attention scores in float32: a third less rounding for a twelfth more time"
+        False, description="residual stream and attention scores in float32: less rounding, a twelfth more time"
     )
     checkpointing: bool = Field(
         False, description="run each layer again for its gradients: a third slower, for contexts that do not fit"
