@@ -1,9 +1,9 @@
 """Which type each tensor of a written GGUF file gets, and why it is not the wanted one: decided here, nowhere else.
 
-Vectors (norms, biases) are F32, as llama.cpp wants them. What does not get the wanted type stays as it is where the
-source has quantized it already: another quantization would only lose. Else the embedding and the head, whose errors
-reach every logit, are Q8_0 under a type of four bits or fewer; and rows that are no whole number of blocks fall back,
-ternary types to Q4_0 and these to F16. Patterns of the caller's come first, but no pattern makes a row fit.
+Vectors (norms, biases) and what is no weight are F32. What does not get the wanted type stays as it is where the source
+has quantized it already: another quantization would only lose. Else the embedding and the head, whose errors reach
+every logit, are Q8_0 under a type of four bits or fewer; and rows that are no whole number of blocks fall back, ternary
+types to Q4_0 and these to F16. Patterns of the caller's come first, but no pattern makes a row fit.
 """
 
 import fnmatch
@@ -28,6 +28,11 @@ class TypeChoice:
     note: str = ""
 
 
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether it may be quantized: not the ten numbers a layer that mix two residual streams."""
+    return len(shape) > 1 and name.endswith(".weight")
+
+
 def fitting_type(wanted: GGMLType, columns: int) -> GGMLType:
     """`wanted`, or the nearest type of which rows of so many values are whole blocks."""
     if columns % BLOCK[wanted][0] == 0:
@@ -47,7 +52,7 @@ def choose_types(
     """
     assert wanted in WRITABLE, wanted
     for pattern, _ in keep:
-        if not any(len(shape) > 1 and fnmatch.fnmatchcase(name, pattern) for name, (_, shape) in tensors.items()):
+        if not any(is_matrix(n, shape) and fnmatch.fnmatchcase(n, pattern) for n, (_, shape) in tensors.items()):
             raise ModelFileError(path, f"no matrix has a name like {pattern!r}")
     return {name: _choose(name, type_, shape, wanted, keep) for name, (type_, shape) in tensors.items()}
 
@@ -55,8 +60,8 @@ def choose_types(
 def _choose(
     name: str, source: GGMLType, shape: tuple[int, ...], wanted: GGMLType, keep: Sequence[tuple[str, GGMLType]]
 ) -> TypeChoice:
-    if len(shape) == 1:
-        return TypeChoice(GGMLType.F32, "a vector")
+    if not is_matrix(name, shape):
+        return TypeChoice(GGMLType.F32, "a vector" if len(shape) == 1 else "not a weight")
     kept = next((type_ for pattern, type_ in keep if fnmatch.fnmatchcase(name, pattern)), None)
     target, note = wanted, ""
     if kept is not None:

@@ -124,7 +124,9 @@ def test_streams_that_do_not_fit_are_named(tmp_path: Path) -> None:
         load_core(model, isa="auto", num_threads=1, num_blocks=4, max_num_seqs=1, max_batch_tokens=16)
 
 
-@pytest.mark.parametrize("shape", [{"architecture": "bitnet"}, {"architecture": "bitnet-b1.58"}])
+@pytest.mark.parametrize(
+    "shape", [{"residual_streams": 2}, {"architecture": "bitnet"}, {"architecture": "bitnet-b1.58"}]
+)
 def test_what_is_written_anew_is_the_same_network(tmp_path: Path, shape: dict[str, Any]) -> None:
     file = open_tiny(tmp_path, **shape)
     found = {name: (tensor.type, tensor.shape) for name, tensor in file.tensors.items()}

@@ -54,6 +54,7 @@ def test_types_are_chosen_by_name_shape_and_what_there_is() -> None:
         "blk.0.ffn_down.weight": (F32, (256, 288)),
         "blk.0.ffn_up.weight": (GGMLType.Q4_1, (256, 288)),
         "blk.0.ffn_gate.weight": (F32, (256, 100)),
+        "blk.0.residual_streams": (F32, (2, 5)),
     }
     found = choose_types(Path("m"), tensors, TQ2_0, [("blk.*.attn_k.*", Q8_0), ("blk.0.*", TQ2_0)])
     assert {name: (choice.type.name, choice.note) for name, choice in found.items()} == {
@@ -65,13 +66,14 @@ def test_types_are_chosen_by_name_shape_and_what_there_is() -> None:
         "blk.0.ffn_down.weight": ("Q4_0", "rows of 288, no multiple of 256"),
         "blk.0.ffn_up.weight": ("Q4_1", "rows of 288, no multiple of 256"),
         "blk.0.ffn_gate.weight": ("F16", "rows of 100, no multiple of 256"),
+        "blk.0.residual_streams": ("F32", "not a weight"),
     }
     assert choose_types(Path("m"), tensors, Q8_0)["token_embd.weight"] == TypeChoice(Q8_0)
     with pytest.raises(ModelFileError, match=r"no matrix has a name like 'blk\.0\.attn_norm\.weight'"):
         choose_types(Path("m"), tensors, Q8_0, [("blk.0.attn_norm.weight", F32)])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "bitnet"])
 @pytest.mark.parametrize("wanted", [F32, Q8_0, TQ2_0, TQ1_0])
 def test_a_directory_becomes_a_file_of_the_same_weights(tmp_path: Path, architecture: str, wanted: GGMLType) -> None:
     file = open_model(write_tiny_hf(tmp_path / "hf", architecture=architecture, tie=False, **WIDE))
