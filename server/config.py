@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import unquote
 
 from pydantic import (
     BaseModel,
@@ -165,6 +166,13 @@ class Settings(BaseModel):
     def database_url(self) -> str:
         """With the default spelled out."""
         return self.database or f"sqlite:///{self.data_dir.expanduser().absolute() / 'sterna.db'}"
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What we were given and must never log: the upstream's key, and the password in its URL."""
+        key = self.upstream_api_key.get_secret_value() if self.upstream_api_key is not None else ""
+        password = re.match(r"https?://[^/@]*?:([^/]*)@", self.upstream or "")
+        return tuple(secret for secret in (key, unquote(password[1]) if password else "") if secret)
 
     @property
     def adapter_store_url(self) -> str:

@@ -30,7 +30,7 @@ def open_record_mode(settings: Settings) -> OpenRuntime:
         async with AsyncExitStack() as stack:
             backend = UpstreamBackend(url, key.get_secret_value() if key is not None else None)
             stack.push_async_callback(backend.aclose)
-            store = await asyncio.to_thread(open_store, settings, metrics, NAME, backend.secrets)
+            store = await asyncio.to_thread(open_store, settings, metrics, NAME)
             records = await stack.enter_async_context(open_records(settings, store))
             metrics.watch_log(records.log.stats)
             stack.push_async_callback(backend.end_answers)

@@ -6,7 +6,7 @@ routes and the answers reach all of it through one `Records`. Not here: the mode
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,10 +15,10 @@ from typing import Any
 from server.adapters.service import AdapterService
 from server.adapters.store import VersionStore
 from server.config import Settings
-from server.errors import ConfigError, ServerUnavailableError
+from server.errors import ServerUnavailableError
 from server.keys.keys import Keys
 from server.metrics import Metrics
-from server.storage.database import Database, open_database
+from server.storage.database import Database, make_private_directory, open_database
 from server.traces.deletion import TraceDeletion
 from server.traces.episodes import Episodes
 from server.traces.feedback import FeedbackStore
@@ -50,15 +50,14 @@ class Records:
     versions: VersionStore | None = None
 
 
-def open_store(settings: Settings, metrics: Metrics, base_name: str, secrets: Iterable[str] = ()) -> TraceStore:
+def open_store(settings: Settings, metrics: Metrics, base_name: str) -> TraceStore:
     """The database with its schema up to date, and what writes traces into it. Waits for the disk: for a thread.
 
-    `base_name`: of the base model in metrics. `secrets`: what the server itself knows and must never write.
-    Raises ConfigError, DatabaseUnavailableError.
+    `base_name`: of the base model in metrics. Raises ConfigError, DatabaseUnavailableError.
     """
-    redactor = Redactor([RedactionRule(pattern) for pattern in settings.redact], secrets=secrets)
+    redactor = Redactor([RedactionRule(pattern) for pattern in settings.redact], secrets=settings.secrets)
     if settings.database is None:
-        _make_private_directory(settings)
+        make_private_directory(settings.data_dir.expanduser(), "data_dir")
     database = open_database(settings.database_url)
     try:
         return TraceStore(
@@ -116,12 +115,3 @@ async def _keep_within_limits(settings: Settings, database: Database) -> None:
         except Exception:
             logger.exception("deleting old traces failed")
         await asyncio.sleep(RETENTION_SECONDS)
-
-
-def _make_private_directory(settings: Settings) -> None:
-    """Traces hold what users wrote: nobody else on this machine reads them."""
-    path = settings.data_dir.expanduser()
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"data_dir {path} cannot be made: {error.strerror}") from error

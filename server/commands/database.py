@@ -6,8 +6,7 @@ from contextlib import contextmanager
 
 from server.commands.arguments import Parser, add_settings, parse_with_settings
 from server.config import Settings
-from server.errors import ConfigError
-from server.storage.database import Database, open_database
+from server.storage.database import Database, make_private_directory, open_database
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Settings]:
@@ -19,12 +18,8 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
 @contextmanager
 def opened(settings: Settings, *, may_create: bool = False) -> Iterator[Database]:
     """Closed at the end. Raises ConfigError when there is none."""
-    if may_create and settings.database is None:  # as the server does: nobody else on this machine reads it
-        path = settings.data_dir.expanduser()
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"data_dir {path} cannot be made: {error.strerror}") from error
+    if may_create and settings.database is None:
+        make_private_directory(settings.data_dir.expanduser(), "data_dir")
     database = open_database(settings.database_url, must_exist=not may_create)
     try:
         yield database

@@ -109,7 +109,7 @@ def _decoded(line: bytes, bar: Any) -> str:
 
 
 def _redactor(settings: Settings) -> Redactor:
-    return Redactor([RedactionRule(pattern) for pattern in settings.redact])
+    return Redactor([RedactionRule(pattern) for pattern in settings.redact], secrets=settings.secrets)
 
 
 def give_feedback(arguments: Sequence[str]) -> None:

@@ -42,6 +42,8 @@ _TIDY = """
 PRAGMA analysis_limit=1000;  -- rows an index: milliseconds, and good enough
 ANALYZE;
 PRAGMA incremental_vacuum(10000);
+PRAGMA wal_checkpoint(PASSIVE);  -- most of the copying, without the write lock
+PRAGMA busy_timeout=0;  -- the next one holds the write lock while it waits for readers: all commits would wait too
 PRAGMA wal_checkpoint(TRUNCATE);
 """
 
@@ -99,14 +101,11 @@ class Database:
             ).scalar_one()
             return value
 
-    def is_file_in_place(self) -> bool:
-        """False when the SQLite file is gone. Cheap (one stat); PostgreSQL: always True."""
-        return self._path is None or file_identity(self._path) is not None
-
     def tidy(self) -> None:
         """After deletions: frees space, empties the write-ahead log, refreshes the planner's statistics.
 
-        SQLite only; PostgreSQL's autovacuum does all that. Waits for nobody: what is in use is left for next time.
+        SQLite only; PostgreSQL's autovacuum does all that. Takes its turn as a writer, but waits for no reader: what is
+        read meanwhile is left for next time.
         """
         if self._path is None:
             return
@@ -114,7 +113,11 @@ class Database:
             connection = self.engine.raw_connection()
             try:
                 driver = cast(sqlite3.Connection, connection.driver_connection)
-                driver.executescript(_TIDY)  # not execute, which steps a PRAGMA once: one page of the vacuum
+                (patience,) = driver.execute("PRAGMA busy_timeout").fetchone()
+                try:
+                    driver.executescript(_TIDY)  # not execute, which steps a PRAGMA once: one page of the vacuum
+                finally:
+                    driver.execute(f"PRAGMA busy_timeout={patience}").close()
             except sqlite3.OperationalError as error:
                 logger.info("the database was not tidied: %s", error)
             finally:
@@ -154,6 +157,17 @@ def open_database(
         database.close()
         raise
     return database
+
+
+def make_private_directory(path: Path, setting: str) -> None:
+    """For the default database: traces hold what users wrote, and nobody else on this machine reads them.
+
+    Raises ConfigError, which names the setting.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{setting} {path} cannot be made: {error.strerror}") from error
 
 
 def _parse(url: str) -> URL:

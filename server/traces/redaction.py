@@ -3,7 +3,8 @@
 Three sources: patterns of well-known credentials, the literal secrets that this server itself knows (its upstream's
 key), and the operator's own rules. Every string value of messages, tools, answers and client fields passes through; a
 trace in which something was replaced is stored without token ids, which would spell the secret out again.
-Not covered: secrets that look like words, and text split over two messages.
+Not covered: secrets that look like words, text split over two messages, and prompts given as token ids, which are read
+by nobody here (they go when something else of their trace is replaced).
 """
 
 import re
@@ -77,7 +78,7 @@ class Redactor:
             if not any(changed for _, changed in pairs.values()):
                 return value, False
             return {key: item for key, (item, _) in pairs.items()}, True
-        if isinstance(value, list | tuple) and not (value and isinstance(value[0], int | float)):  # token ids
+        if isinstance(value, list | tuple) and not {*map(type, value)} <= {int, float}:  # token ids
             items = [self.redact(item) for item in value]
             if not any(changed for _, changed in items):
                 return value, False

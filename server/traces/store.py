@@ -7,7 +7,7 @@ Synchronous; called by the log's thread (log.py), by import, and by tests.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, insert, select, text, update
@@ -76,7 +76,7 @@ class TraceStore:
             if prepared:
                 seqs = self._insert(connection, prepared)
                 for one in prepared:
-                    outcomes += _join_results(connection, one.record, seqs[one.record.id])
+                    outcomes += _join_results(connection, one.record, seqs[one.record.id], self._stored_call_id)
         if self._on_tool_outcome is not None:
             for outcome in outcomes:
                 self._on_tool_outcome(*outcome)
@@ -128,8 +128,14 @@ class TraceStore:
             "client": _without_nulls(
                 user_id=record.user_id, session_id=record.session_id, metadata=record.metadata, error=record.error
             ),
+            "names": {"episode": record.episode.name, "model": record.requested_model},
         }
         said, is_redacted = self.redactor.redact(said)
+        if is_redacted:
+            names, episode = said["names"], replace(record.episode, name=said["names"]["episode"])
+            record = replace(record, episode=episode, requested_model=names["model"])
+            if record.prompt is not None:
+                said["request"]["prompt"] = _without_token_ids(said["request"]["prompt"])
         client = said["client"]
         details = client | _without_nulls(
             model=record.model,
@@ -151,7 +157,7 @@ class TraceStore:
                 else None
             ),
         }
-        calls = _calls(record)
+        calls = self._calls(record)
         row = self._row(record, client) | {
             "has_tool_calls": bool(calls),
             "is_redacted": is_redacted,
@@ -159,6 +165,23 @@ class TraceStore:
         }
         anchors = answer_anchors(record) if record.episode.is_stitched else ()
         return _Prepared(record, row, contents, frozenset(anchor.digest for anchor in anchors), calls)
+
+    def _calls(self, record: TraceRecord) -> list[dict[str, Any]]:
+        calls = [call for answer in record.answers for call in answer.message.get("tool_calls") or ()]
+        return [
+            {
+                "position": position,
+                "call_id": self._stored_call_id(str(call["id"])),
+                "name": short(str(self.redactor.redact(call["function"]["name"])[0]), MAX_NAME_LENGTH),
+            }
+            for position, call in enumerate(calls)
+        ]
+
+    def _stored_call_id(self, call_id: str) -> str:
+        """By which a result finds its call. One that a rule matches goes by its digest, so that ids stay apart."""
+        if self.redactor.redact(call_id)[1]:
+            return "redacted-" + hashlib.blake2b(call_id.encode(errors="replace"), digest_size=16).hexdigest()
+        return short(call_id, MAX_NAME_LENGTH)
 
     def _row(self, record: TraceRecord, client: dict[str, Any]) -> dict[str, Any]:
         audit = hashlib.blake2b(record.id.encode(), key=self._audit_secret, digest_size=8).digest()
@@ -193,16 +216,13 @@ def _without_nulls(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _calls(record: TraceRecord) -> list[dict[str, Any]]:
-    calls = [call for answer in record.answers for call in answer.message.get("tool_calls") or ()]
-    return [
-        {
-            "position": position,
-            "call_id": short(str(call["id"]), MAX_NAME_LENGTH),
-            "name": short(str(call["function"]["name"]), MAX_NAME_LENGTH),
-        }
-        for position, call in enumerate(calls)
-    ]
+def _without_token_ids(prompt: Any) -> Any:
+    """A completion's prompt, or its prompts, as far as they are text."""
+    if isinstance(prompt, str):
+        return prompt
+    if all(isinstance(token, int) for token in prompt):
+        return "[redacted:token_ids]"
+    return [_without_token_ids(one) for one in prompt]
 
 
 def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
@@ -211,11 +231,13 @@ def _known_ids(connection: Connection, ids: Sequence[str]) -> set[str]:
     return {one for column in columns for one in connection.scalars(select(column).where(column.in_(ids)))}
 
 
-def _join_results(connection: Connection, record: TraceRecord, seq: int) -> list[tuple[str | None, str | None, bool]]:
+def _join_results(
+    connection: Connection, record: TraceRecord, seq: int, stored_call_id: Callable[[str], str]
+) -> list[tuple[str | None, str | None, bool]]:
     """The results in the request become the outcomes of the calls that caused them; a call's first result stays."""
     if not record.episode.tool_results or not record.episode.is_stitched:
         return []
-    is_error = {short(call_id, MAX_NAME_LENGTH): error for call_id, error in reversed(record.episode.tool_results)}
+    is_error = {stored_call_id(call_id): error for call_id, error in reversed(record.episode.tool_results)}
     query = (
         select(tool_calls.c.trace_seq, tool_calls.c.position, tool_calls.c.call_id, traces.c.adapter, traces.c.version)
         .join(traces)

@@ -147,11 +147,13 @@ def test_an_import_is_redacted_like_traffic(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("STERNA_REDACT", "room [0-9]+")
-    line = json.dumps({"messages": [user("in room 101"), assistant("hf_" + "a" * 34)]})
+    monkeypatch.setenv("STERNA_UPSTREAM_API_KEY", "hunter2")
+    line = json.dumps({"messages": [user("in room 101, hunter2"), assistant("hf_" + "a" * 34)]})
     Path("in.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\n\n")
     run(capsys, "traces", "import", "in.jsonl")
     shown = run(capsys, "traces", "show")
     assert "room" not in shown
+    assert "hunter2" not in shown
     assert "aaaa" not in shown
     assert "redacted" in shown
 

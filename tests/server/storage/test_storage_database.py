@@ -1,6 +1,7 @@
 """Opening, transactions and their order, the shared secret, and how faults are named."""
 
 import sqlite3
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
@@ -14,6 +15,7 @@ from server.storage.database import open_database
 from server.storage.errors import DatabaseUnavailableError
 from server.storage.metadata import secrets_table
 from server.storage.types import CompressedJson, TokenIds, UtcDateTime
+from tests.patience import PATIENCE_SECONDS
 
 
 def test_a_write_is_seen_by_others_and_a_failed_one_by_nobody(database_url: str) -> None:
@@ -132,7 +134,6 @@ def test_a_file_moved_away_takes_no_writes_and_comes_back(sqlite_url: str, tmp_p
         connection.execute(insert(secrets_table).values(name="before", value=b"1"))
     path, away = tmp_path / "test.db", tmp_path / "away.db"
     path.rename(away)
-    assert not database.is_file_in_place()
     with pytest.raises(DatabaseUnavailableError), database.write() as connection:
         connection.execute(insert(secrets_table).values(name="lost", value=b"1"))
     assert not path.exists(), "a reconnect must not start an empty database"
@@ -171,3 +172,19 @@ def test_types_keep_what_the_databases_cannot() -> None:
         stored = UtcDateTime().process_bind_param(moment, dialect)
         assert UtcDateTime().process_result_value(stored, dialect) == moment
         assert UtcDateTime().process_result_value(stored, dialect).tzinfo is UTC  # type: ignore[union-attr]
+
+
+def test_tidying_waits_for_no_reader(sqlite_url: str) -> None:
+    """Or it would hold the write lock meanwhile, and every commit would wait with it."""
+    database = open_database(sqlite_url, busy_timeout_seconds=10 * PATIENCE_SECONDS)
+    tidying = threading.Thread(target=database.tidy, daemon=True)
+    with database.read() as reader:
+        reader.execute(select(secrets_table.c.name)).all()  # from here on this state must stay
+        with database.write() as connection:
+            connection.execute(insert(secrets_table).values(name="a", value=b"1"))
+        tidying.start()
+        tidying.join(PATIENCE_SECONDS)
+        assert not tidying.is_alive()
+    with database.write() as connection:
+        assert connection.execute(text("PRAGMA busy_timeout")).scalar_one() == 10_000 * PATIENCE_SECONDS
+    database.close()
