@@ -55,6 +55,8 @@ class Progress:
     num_worse: int = 0
     """Evaluations since the best one."""
     first_loss: float | None = None
+    is_exact: bool = True
+    """Never resumed on another machine class, torch build or thread count."""
     loss_scale: float = 1.0
     """Of float16 (scaling.py)"""
     num_good: int = 0

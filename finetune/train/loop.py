@@ -98,10 +98,11 @@ def train(
     parameters = model.parameters()
     optimizer = NamedOptimizer(parameters, settings, adamw_names=adamw_names)
     checkpoints = Checkpoints(directory, {"settings": settings.as_json(), **identity})
-    progress, is_exact = begin_scaling(Progress()) if has_loss_scale else Progress(), True
+    progress = begin_scaling(Progress()) if has_loss_scale else Progress()
     found = checkpoints.newest()
     if found is not None:
-        progress, is_exact = found.progress, found.machine == Machine.here()
+        is_exact = found.progress.is_exact and found.machine == Machine.here()
+        progress = replace(found.progress, is_exact=is_exact)
         _copy_into(parameters, found.parameters)
         optimizer.load(found.optimizer)
 
@@ -151,7 +152,7 @@ def train(
 
     if progress.best_step is not None and progress.best_step != progress.step:
         _copy_into(parameters, checkpoints.load_best(progress.best_step))
-    return TrainResult(progress, progress.step < settings.num_steps, is_exact)
+    return TrainResult(progress, progress.step < settings.num_steps, progress.is_exact)
 
 
 def _is_over(progress: Progress, settings: TrainSettings) -> bool:

@@ -177,10 +177,21 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_thread_count_is_no_exact_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(tmp_path)
+    def killed_at(step: int) -> None:
+        def batches(at: int) -> Sequence[Batch]:
+            if at == step:
+                raise KilledError
+            return data(at)
+
+        with pytest.raises(KilledError):
+            run(tmp_path, batches)
+
     here = Machine.here()
-    monkeypatch.setattr(Machine, "here", lambda: replace(here, num_threads=here.num_threads + 1))
-    assert not run(tmp_path)[0].is_exact
+    killed_at(10)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(Machine, "here", lambda: replace(here, num_threads=here.num_threads + 1))
+        killed_at(20)
+    assert not run(tmp_path)[0].is_exact, "back where it began, but some steps were not made here"
 
 
 def test_half_a_checkpoint_is_none(tmp_path: Path) -> None:
