@@ -3,7 +3,8 @@
 The model is made, not trained, so that the comparison says something: with plain random weights the two likeliest of
 many tokens are so close that any rounding swaps them. Here the head looks for the token that follows the present one in
 a fixed order, and the layers' outputs are as large as the embedding and overrule it in some percent of the positions.
-With the rows of Q and K in the wrong order the comparison fails by far. Teacher-forced over 14,000 positions of text.
+With the rows of Q and K in the wrong order the comparison fails by far. Teacher-forced over 12,000 positions of what
+such a model would say: four tokens of five in the order, the others any.
 """
 
 import json
@@ -26,7 +27,7 @@ from quant.rope_order import file_rows
 from quant.tensor_rules import is_query_or_key
 from server.engine.weights import load_core
 from server.text.gguf_export import gguf_tokenizer_metadata
-from tests.server.engine.reference import TEXT_NAMES, core_logits, text_ids
+from tests.server.engine.reference import core_logits
 from tests.server.text.peer import PEER_PYTHON
 from tests.tiny_models import interleave_rows, tiny_weights, write_tiny_gguf, write_tiny_hf
 from tests.tiny_weights import TinyShape
@@ -35,6 +36,8 @@ pytestmark = [pytest.mark.real_peer, pytest.mark.slow]
 PEER_SCRIPT = Path(__file__).parents[1] / "finetune" / "model" / "llamacpp_logits_peer.py"
 SHAPE: dict[str, Any] = {"hidden": 256, "ffn": 768, "heads": 4, "kv_heads": 2, "layers": 3, "tie": False,
                          "context_length": 4096}  # fmt: skip
+PREVIOUS = np.random.default_rng(8).permutation(384)
+"""For each token the one that it follows."""
 HEAD_SCALE = np.float32(0.04)
 SCALES = {  # queries so large that attention picks a few positions: else it is a mean of all, and hardly seen
     "attn_q.weight": np.float32(2),
@@ -44,12 +47,11 @@ SCALES = {  # queries so large that attention picks a few positions: else it is 
 
 
 def weights() -> dict[str, np.ndarray]:
-    """By the names and in the row order of GGUF's half-split twin, a Hugging Face directory."""
+    """By GGUF name, Q and K rows in Hugging Face order."""
     found = tiny_weights(TinyShape(**SHAPE))
-    rng = np.random.default_rng(7)
-    embedding = rng.standard_normal(found["token_embd.weight"].shape).astype(np.float32)
+    embedding = np.random.default_rng(7).standard_normal(found["token_embd.weight"].shape).astype(np.float32)
     found["token_embd.weight"] = embedding
-    found["output.weight"] = HEAD_SCALE * embedding[rng.permutation(len(embedding))]
+    found["output.weight"] = HEAD_SCALE * embedding[PREVIOUS]
     for name in found:
         kind = name.split(".", 2)[-1]
         found[name] = SCALES.get(kind, np.float32(1)) * found[name]
@@ -65,11 +67,11 @@ class Comparison:
     positions: int
 
 
-def compare(path: Path, other: Path | None = None, isa: str = "auto", limit: int | None = None) -> Comparison:
+def compare(path: Path, other: Path | None = None) -> Comparison:
     """`path` here and `other` (the same file) in llama.cpp."""
     file = open_model(path)
-    texts = [part for name in TEXT_NAMES for part in pieces(text_ids(file, name))][:limit]
-    core = load_core(file, isa=isa, num_threads=1, num_blocks=128, max_num_seqs=1, max_batch_tokens=64)
+    texts = [text(seed) for seed in range(6)]
+    core = load_core(file, isa="auto", num_threads=1, num_blocks=128, max_num_seqs=1, max_batch_tokens=64)
     ours = [np.concatenate(list(core_logits(core, ids))) for ids in texts]
     theirs = llamacpp_logits(other or path, [ids.tolist() for ids in texts], path.with_suffix(".npz"))
     a, b = np.concatenate(ours), np.concatenate(theirs)
@@ -85,8 +87,13 @@ def compare(path: Path, other: Path | None = None, isa: str = "auto", limit: int
     )
 
 
-def pieces(ids: np.ndarray) -> list[np.ndarray]:
-    return [ids[start : start + 2000] for start in range(0, len(ids), 2000)]
+def text(seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    following = np.argsort(PREVIOUS)
+    ids = rng.integers(0, 384, 2000)
+    for i in np.flatnonzero(rng.random(1999) < 0.8) + 1:
+        ids[i] = following[ids[i - 1]]
+    return ids.astype(np.int32)
 
 
 def perplexity(logits: list[np.ndarray], targets: list[np.ndarray]) -> float:
@@ -135,8 +142,8 @@ def test_rows_in_the_wrong_order_would_be_found(tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.gguf"
     reordered(open_model(path), wrong)
     found = compare(path, wrong)
+    assert found.top1 < 0.99
     assert found.widest_gap > 1
-    assert found.perplexities[1] != pytest.approx(found.perplexities[0], rel=0.02)
 
 
 def reordered(file: ModelFile, path: Path) -> None:
