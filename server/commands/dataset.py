@@ -1,25 +1,31 @@
-"""`sterna dataset generate|report`: tool-calling dialogues to train on, made from a seed and checked.
+"""`sterna dataset generate|report|score`: tool-calling dialogues to train on, checked, and a served model's answers.
 
 What makes and checks them is in finetune/dataset/dialogues, imported when it is needed; it takes no torch.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
 
 from server.commands.arguments import Parser
+from server.commands.client import add_remote
 from server.commands.table import print_table
 from server.commands.verbs import run_verb
-from server.errors import SternaError
+from server.config import find_remote
+from server.errors import SternaError, UsageError
+
+PATIENCE_SECONDS = 30.0
+"""With a server that is away: it may still be loading."""
 
 USAGE = """\
 usage: sterna dataset VERB ...
 
   generate   tool-calling dialogues as JSON lines: training, validation and held-out parts
   report     check a generated set: schemas, tool results, duplicates, balance, held-out parts; fails on a bad one
+  score      ask a running server the held-out part and count right answers, beside simple baselines
 
 example:
   sterna dataset generate ./dialogues --templates 3000 --seed 0 && sterna dataset report ./dialogues
@@ -31,7 +37,7 @@ class DatasetFault(SternaError):
 
 
 def main(arguments: Sequence[str]) -> int:
-    return run_verb("dataset", USAGE, {"generate": _generate, "report": _report}, arguments)
+    return run_verb("dataset", USAGE, {"generate": _generate, "report": _report, "score": _score}, arguments)
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -92,6 +98,55 @@ def _report(arguments: Sequence[str]) -> None:
     if not found.ok:
         failed = [check.name for check in found.checks if check.num_bad]
         raise DatasetFault(f"{options.folder} is not fit to train on: {', '.join(failed)}")
+
+
+def _score(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "dataset score",
+        "Ask a running server every turn of a set's held-out part, greedily and unconstrained, and count what is\n"
+        "right: tools, arguments, form, no call where none is needed. Each part beside always-call, never-call and\n"
+        "the nearest training example. Intervals are 95 %, with templates as clusters.",
+        "sterna dataset score ./dialogues --limit 200",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="what `sterna dataset generate` made")
+    parser.add_argument("--model", help="as requests name it [the server's base]")
+    parser.add_argument("--limit", type=int, metavar="N", help="dialogues of each part, spread over it [all]")
+    parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once [8]")
+    parser.add_argument("--json", action="store_true", help="every number, as JSON")
+    add_remote(parser)
+    options = parser.parse_args(arguments)
+    for name in ("limit", "concurrency"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise UsageError(f"--{name} is at least 1, not {getattr(options, name)}")
+    remote = find_remote(options.url, options.api_key)
+    with _named_faults():
+        from finetune.dataset.dialogues.evaluate import evaluate
+        from finetune.serving.api import ServerApi
+        from finetune.serving.http import Http
+
+        http = Http(remote, patience_seconds=PATIENCE_SECONDS)
+        with closing(http), tqdm(unit=" turns", disable=None) as bar:
+            body = evaluate(
+                options.folder,
+                ServerApi(http),
+                model=options.model,
+                limit=options.limit,
+                concurrency=options.concurrency,
+                on_turn=lambda: bar.update() and None,
+            )
+    if options.json:
+        print(json.dumps(body))
+        return
+    columns = list(body["scores"])
+    print_table(
+        ("PART", "METRIC", "TURNS", "95 %", *(name.replace("_", " ").upper() for name in columns)),
+        [
+            (part, metric.replace("_", " "), one["num"], f"{one['lower']:.1%} - {one['upper']:.1%}",
+             *(f"{body['scores'][name][part][metric]['share']:.1%}" for name in columns))
+            for part, metrics in body["scores"][columns[0]].items() if "/" not in part
+            for metric, one in metrics.items()
+        ],
+    )  # fmt: skip
 
 
 def _print_tables(body: dict) -> None:

@@ -112,9 +112,18 @@ _KIN = {
 }  # fmt: skip
 
 
+_WOMEN = ("Ada", "Alma", "Ana", "Carla", "Clara", "Dora", "Elena", "Emma", "Eva", "Greta", "Hana", "Ida", "Julia",
+          "Lara", "Lea", "Maja", "Nora", "Olga", "Sofia")  # fmt: skip
+_MEN = ("Adam", "Amir", "Anton", "Bruno", "David", "Diego", "Emil", "Erik", "Farid", "Hans", "Hugo", "Ivan", "Karl",
+        "Leo", "Marco", "Nils", "Otto", "Pedro", "Tom")  # fmt: skip
+
+
 def _kin(drawer: Drawer) -> Slots:
-    a, b, c = drawer.dice.sample(NAMES, 3)
     first, second = drawer.dice.pick(list(_KIN))
+    a, b = (drawer.dice.pick(_WOMEN if word in ("mother", "sister") else _MEN) for word in (first, second))
+    c = drawer.dice.pick([name for name in NAMES if name not in (a, b)])
+    if a == b:
+        return _kin(drawer)
     return _slots(a=a, b=b, c=c, first=first, second=second, answer=f"{a} is the {_KIN[first, second]} of {c}.")
 
 

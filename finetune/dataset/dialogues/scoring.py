@@ -8,11 +8,14 @@ the right history, so that one wrong call does not spoil the next turn.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from finetune.dataset.dialogues.examples import Dialogue, Turn, turns
+from finetune.gate.intervals import Estimate, share_of
 from finetune.gate.match import calls_match, names_match
 from server.tools.well_formed import judge_calls
 
@@ -24,34 +27,58 @@ RIGHT_TOOL, RIGHT_ARGUMENTS, WELL_FORMED, NO_CALL, STOPS = (
 METRICS = (RIGHT_TOOL, RIGHT_ARGUMENTS, WELL_FORMED, NO_CALL, STOPS)
 
 
+MapTurns = Callable[[Responder, Iterable[Turn]], Iterable[Message]]
+
+
 @dataclass(slots=True)
 class Share:
-    num_right: int = 0
-    num: int = 0
+    is_right: list[bool] = field(default_factory=list)
+    clusters: list[str] = field(default_factory=list)
+    """The template of each: five examples of one template tell less than five templates."""
 
-    def add(self, is_right: bool) -> None:
-        self.num_right += is_right
-        self.num += 1
+    @property
+    def num(self) -> int:
+        return len(self.is_right)
 
     @property
     def value(self) -> float | None:
         """None: there was nothing to judge."""
-        return self.num_right / self.num if self.num else None
+        return sum(self.is_right) / self.num if self.num else None
+
+    def estimate(self) -> Estimate:
+        """With its 95 % interval, templates as clusters."""
+        return share_of(np.array(self.is_right, bool), np.unique(self.clusters, return_inverse=True)[1])
 
 
 Scores = dict[str, dict[str, Share]]
 """By part (and by part and kind, "families/tool_error"), then by metric."""
 
 
-def score(dialogues: Iterable[Dialogue], responder: Responder) -> Scores:
+def score(dialogues: Sequence[Dialogue], responder: Responder, *, map_turns: MapTurns = map) -> Scores:
+    """`map_turns`: asks several at once (an executor's `map`), answers in order."""
+    asked = [(dialogue, turn) for dialogue in dialogues for turn in turns(dialogue)]
     found: defaultdict[str, dict[str, Share]] = defaultdict(lambda: {metric: Share() for metric in METRICS})
-    for dialogue in dialogues:
-        for turn in turns(dialogue):
-            judged = judge(turn, responder(turn))
+    answers = map_turns(responder, [turn for _, turn in asked])
+    for (dialogue, turn), message in zip(asked, answers, strict=True):
+        for metric, is_right in judge(turn, message).items():
             for group in (dialogue.part, f"{dialogue.part}/{dialogue.kind}"):
-                for metric, is_right in judged.items():
-                    found[group][metric].add(is_right)
+                found[group][metric].is_right.append(is_right)
+                found[group][metric].clusters.append(dialogue.template)
     return dict(found)
+
+
+def spread(dialogues: Iterable[Dialogue], limit: int | None) -> list[Dialogue]:
+    """At most `limit` of each part, spread evenly over it; None: all."""
+    by_part: defaultdict[str, list[Dialogue]] = defaultdict(list)
+    for one in dialogues:
+        by_part[one.part].append(one)
+    if limit is None:
+        return [one for many in by_part.values() for one in many]
+    return [
+        many[place * len(many) // min(limit, len(many))]
+        for many in by_part.values()
+        for place in range(min(limit, len(many)))
+    ]
 
 
 def judge(turn: Turn, message: Message) -> dict[str, bool]:
@@ -69,9 +96,19 @@ def judge(turn: Turn, message: Message) -> dict[str, bool]:
     }
 
 
-def body(scores: Scores) -> dict[str, dict[str, dict[str, float | int | None]]]:
+def body(scores: Scores) -> dict[str, dict[str, dict[str, Any]]]:
     """As JSON has it."""
     return {
-        group: {metric: {"share": share.value, "num": share.num} for metric, share in by_metric.items()}
+        group: {metric: _estimate_body(share.estimate()) for metric, share in by_metric.items() if share.num}
         for group, by_metric in sorted(scores.items())
+    }
+
+
+def _estimate_body(one: Estimate) -> dict[str, Any]:
+    return {
+        "share": one.value,
+        "lower": one.lower,
+        "upper": one.upper,
+        "num": one.num_traces,
+        "num_templates": one.num_clusters,
     }

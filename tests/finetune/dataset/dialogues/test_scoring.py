@@ -1,10 +1,13 @@
 """Scores: right answers get all of them, and each baseline reaches what its rule allows and no more."""
 
+import json
 from pathlib import Path
 
+import httpx
 import pytest
 
 from finetune.dataset.dialogues.baselines import NearestTemplate, always_call, call_message, never_call
+from finetune.dataset.dialogues.evaluate import evaluate
 from finetune.dataset.dialogues.examples import Dialogue, read_dialogues, turns
 from finetune.dataset.dialogues.scoring import (
     METRICS,
@@ -17,6 +20,11 @@ from finetune.dataset.dialogues.scoring import (
     score,
 )
 from finetune.dataset.dialogues.scoring import body as scores_body
+from finetune.dataset.rows import canonical_json
+from finetune.serving.api import ServerApi
+from finetune.serving.http import Http
+from server import cli
+from server.config import Remote
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +39,10 @@ def test_right_answers_score_one(held_out: list[Dialogue]) -> None:
     assert scores["unseen_tools"][NO_CALL].value is None
     num_calls = sum(len(one.expected) for one in held_out if one.part == "families")
     assert scores["families"][RIGHT_TOOL].num == num_calls
-    assert scores_body(scores)["families"][RIGHT_TOOL] == {"share": 1.0, "num": num_calls}
+    body = scores_body(scores)["families"][RIGHT_TOOL]
+    assert (body["share"], body["num"], body["upper"]) == (1.0, num_calls, 1.0)
+    assert body["num_templates"] < num_calls
+    assert 0.5 < body["lower"] < 1
 
 
 def test_never_and_always_calling_win_one_side_each(held_out: list[Dialogue]) -> None:
@@ -65,3 +76,42 @@ def test_a_call_is_judged_by_tool_arguments_and_form(held_out: list[Dialogue]) -
 
 def _all(tool: bool, arguments: bool, form: bool) -> dict[str, bool]:
     return {RIGHT_TOOL: tool, RIGHT_ARGUMENTS: arguments, WELL_FORMED: form}
+
+
+def test_a_server_is_asked_every_turn_and_stands_beside_the_baselines(tiny: Path, held_out: list[Dialogue]) -> None:
+    right = {canonical_json(turn.request): turn.message for one in held_out for turn in turns(one)}
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers["x-sterna-log"] == "off"
+        body = json.loads(request.content)
+        asked.append(body)
+        assert (body["temperature"], body.get("tool_choice")) == (0, None)
+        message = right[canonical_json({key: body[key] for key in ("messages", "tools")})]
+        return httpx.Response(200, json={"choices": [{"message": message, "finish_reason": "stop"}]})
+
+    http = Http(Remote("http://127.0.0.1:1", None), patience_seconds=0, transport=httpx.MockTransport(answer))
+    body = evaluate(tiny, ServerApi(http), model="nano", limit=10, concurrency=3)
+    assert {one["model"] for one in asked} == {"nano"}
+    assert body["num_dialogues"] == 40
+    assert {part.split("/")[0] for part in body["scores"]["model"]} == {
+        "families", "unseen_tools", "renamed_tools", "fresh_values",
+    }  # fmt: skip
+    assert all(one["share"] == 1 for by_metric in body["scores"]["model"].values() for one in by_metric.values())
+    assert body["scores"]["never_call"]["families"]["right_tool"]["share"] == 0
+    assert body["scores"].keys() == {"model", "always_call", "never_call", "nearest"}
+
+
+def test_the_command_prints_a_table_and_names_a_server_that_is_away(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("server.commands.dataset.PATIENCE_SECONDS", 0.0)
+    assert cli.main(["dataset", "score", str(tiny), "--url", "http://127.0.0.1:9", "--model", "nano"]) == 1
+    assert "http://127.0.0.1:9 has been away" in capsys.readouterr().err
+    assert cli.main(["dataset", "score", str(tiny), "--limit", "0"]) == 2
+    assert "--limit is at least 1" in capsys.readouterr().err
+    monkeypatch.setattr(ServerApi, "answer", lambda *arguments, **options: {"message": never_call(arguments[2])})
+    assert cli.main(["dataset", "score", str(tiny), "--limit", "5", "--model", "nano"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "NEVER CALL" in lines[0]
+    assert any(line.split()[:3] == ["families", "no", "call"] and "100.0%" in line for line in lines)
