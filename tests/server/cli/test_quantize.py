@@ -13,8 +13,11 @@ import pytest
 from quant.model_file import open_model
 from server import cli
 from server.config import DEFAULT_MODEL
+from server.engine.perplexity import window_logprobs
+from server.engine.weights import load_core
 from server.text.tokenizer import build_tokenizer
-from tests.tiny_models import tiny_weights, write_tiny_gguf, write_tiny_hf
+from tests.quant.packed_checkpoints import pack_uint8, save_mixed
+from tests.tiny_models import hf_name, tiny_weights, write_tiny_gguf, write_tiny_hf
 from tests.tiny_weights import TinyShape
 
 WIDE: dict[str, Any] = {"hidden": 256, "ffn": 512, "heads": 4, "kv_heads": 2}
@@ -74,6 +77,33 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert "token_embd.weight" in lines[1]
     assert "rows of 64, no multiple of 256" in next(line for line in lines if "blk.0.attn_q" in line)
     assert [line.split()[0] for line in lines[-4:]] == ["weights", "of", "file", "perplexity"]
+
+
+def write_bitnet(folder: str) -> None:
+    """As transformers saves BitNet: ternary weights packed four rows a byte, one scale each."""
+    shape = WIDE | {"architecture": "bitnet"}
+    scheme = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    write_tiny_hf(folder, config={"quantization_config": scheme}, **shape)
+    tensors = {hf_name(name): array for name, array in tiny_weights(TinyShape(**shape)).items()}
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        codes = np.clip(np.rint(tensors[name] / np.abs(tensors[name]).mean()), -1, 1).astype(np.int8)
+        tensors |= {name: pack_uint8(codes), f"{name}_scale": np.array([0.05], np.float32)}
+    save_mixed(Path(folder, "model.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("wanted", ["tq2_0", "tq1_0"])
+def test_a_packed_bitnet_model_becomes_a_file_of_the_same_answers(
+    wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_bitnet("hf")
+    table = quantize(capsys, "hf", "m.gguf", "--type", wanted, "--keep", "token_embd.weight=f32")
+    assert wanted.upper() in table
+    ids = np.arange(60, dtype=np.int32)
+    found = []
+    for path in ("hf", "m.gguf"):
+        core = load_core(open_model(path), isa="auto", num_threads=1, num_blocks=4, max_num_seqs=1, max_batch_tokens=64)
+        found.append(window_logprobs(core, ids))
+    assert np.array_equal(*found)
 
 
 def test_faults_are_one_line_and_leave_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
