@@ -26,9 +26,10 @@ from quant.model_file import ModelFile, open_model
 from quant.rope_order import file_rows
 from quant.tensor_rules import is_query_or_key
 from server.engine.weights import load_core
-from server.text.gguf_export import gguf_tokenizer_metadata
+from server.text.gguf_export import PROBES, gguf_tokenizer_metadata
+from server.text.tokenizer import build_tokenizer
 from tests.server.engine.reference import core_logits
-from tests.server.text.peer import PEER_PYTHON
+from tests.server.text.peer import PEER_PYTHON, llamacpp_tokens
 from tests.tiny_models import interleave_rows, tiny_weights, write_tiny_gguf, write_tiny_hf
 from tests.tiny_weights import TinyShape
 
@@ -133,8 +134,12 @@ def check(found: Comparison) -> None:
 @pytest.mark.parametrize("wanted", [GGMLType.TQ1_0, GGMLType.TQ2_0])
 def test_our_export_in_llamacpp(tmp_path: Path, wanted: GGMLType) -> None:
     path = export(tmp_path, wanted)
-    assert open_model(path).tensors["blk.0.attn_q.weight"].type is wanted
+    file = open_model(path)
+    assert file.tensors["blk.0.attn_q.weight"].type is wanted
     check(compare(path))
+    tokenizer = build_tokenizer(file.tokenizer, 384)
+    ours = [tokenizer.encode(sample, add_special=True, parse_special=True) for sample in PROBES]
+    assert llamacpp_tokens(path, PROBES)["ids"] == ours
 
 
 def test_rows_in_the_wrong_order_would_be_found(tmp_path: Path) -> None:
