@@ -56,7 +56,8 @@ def pack_rows(codes: np.ndarray, scale: float) -> np.ndarray:
 def i2_s_rows(data: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """The bytes of an I2_S tensor as those of `served_type(columns)`.
 
-    Byte i of a block of 128 has the codes i, 32 + i, 64 + i and 96 + i, the first in its highest bits.
+    Byte i of a block of 128 has the codes i, 32 + i, 64 + i and 96 + i, the first in its highest bits. A file that was
+    quantized on ARM (blocks of 64) says nothing of it and would be read wrong; converters and published files have 128.
     """
     num_packed = rows * columns // 4
     packed = data[:num_packed].reshape(-1, 1, 32)
