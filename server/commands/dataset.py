@@ -110,7 +110,7 @@ def _score(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="what `sterna dataset generate` made")
     parser.add_argument("--model", help="as requests name it [the server's base]")
-    parser.add_argument("--limit", type=int, metavar="N", help="dialogues of each part, spread over it [all]")
+    parser.add_argument("--limit", type=int, metavar="N", help="dialogues of each part, always the same ones [all]")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="requests at once [8]")
     parser.add_argument("--json", action="store_true", help="every number, as JSON")
     add_remote(parser)

@@ -33,7 +33,7 @@ def evaluate(
     Raises DialogueError for a set that cannot be read, RefusedError and ServerDownError.
     """
     manifest = read_manifest(folder)
-    held_out = scoring.spread(read_dialogues(folder / "held_out.jsonl"), limit)
+    held_out = scoring.sample(read_dialogues(folder / "held_out.jsonl"), limit)
     nearest = NearestTemplate(read_dialogues(folder / "train.jsonl"))
     name = model or api.base_name()
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from finetune.dataset.dialogues.examples import Dialogue, Turn, turns
+from finetune.dataset.order import shuffled
 from finetune.gate.intervals import Estimate, share_of
 from finetune.gate.match import calls_match, names_match
 from server.tools.well_formed import judge_calls
@@ -67,18 +68,16 @@ def score(dialogues: Sequence[Dialogue], responder: Responder, *, map_turns: Map
     return dict(found)
 
 
-def spread(dialogues: Iterable[Dialogue], limit: int | None) -> list[Dialogue]:
-    """At most `limit` of each part, spread evenly over it; None: all."""
+def sample(dialogues: Iterable[Dialogue], limit: int | None) -> list[Dialogue]:
+    """At most `limit` of each part, drawn by the digests of their ids; None: all."""
     by_part: defaultdict[str, list[Dialogue]] = defaultdict(list)
     for one in dialogues:
         by_part[one.part].append(one)
-    if limit is None:
-        return [one for many in by_part.values() for one in many]
-    return [
-        many[place * len(many) // min(limit, len(many))]
-        for many in by_part.values()
-        for place in range(min(limit, len(many)))
-    ]
+    found = []
+    for many in by_part.values():
+        order = shuffled([one.id for one in many], seed=0, epoch=0)
+        found += [many[place] for place in sorted(order[:limit])]
+    return found
 
 
 def judge(turn: Turn, message: Message) -> dict[str, bool]:
