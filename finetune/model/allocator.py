@@ -1,18 +1,25 @@
 """Keeps freed memory in the process: each micro-batch frees and takes the same hundreds of megabytes.
 
 glibc gives large blocks back to the kernel at once, and every page of the next pass faults anew: 5 % of a step of 1,024
-tokens on the default model. The setting is the whole process's, so a program chooses it, never an import.
+tokens on the default model. The settings are the whole process's, so a program chooses them, never an import.
 """
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1
 
 
+_MAX_KERNELS = "256"
+"""That oneDNN keeps, at 0.3 MB each; it would keep 1,024. A micro-batch has a hundred of its own: one for each size of
+attention's products."""
+
+
 def keep_freed_memory() -> bool:
-    """False where the C library has no such setting (macOS, musl)."""
+    """To be called before anything is computed. False where the C library has no such setting (macOS, musl)."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _MAX_KERNELS)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
         return False

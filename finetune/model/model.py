@@ -21,7 +21,7 @@ from finetune.model.answer_losses import OFF, CallHead, margins, token_weights, 
 from finetune.model.checkpointing import LayerInputs, run_checkpointed
 from finetune.model.layer import Dropout, Layer, make_layer
 from finetune.model.lora import LoraSpec, keyed_generator, make_factors
-from finetune.model.terms import RowTerms, part_with_rows, sort_terms
+from finetune.model.terms import RowTerms, part_with_rows, sort_terms, with_filler
 from finetune.model.weights import FrozenWeights
 from finetune.ops.attention import Layout
 from finetune.ops.attention_tiles import SegmentLike, make_tiles
@@ -199,6 +199,7 @@ class TrainModel:
     ) -> torch.Tensor:
         """Normalized hidden states of `rows` behind the last layer, in the compute type."""
         config = self.config
+        token_ids, positions, segments = with_filler(token_ids, positions, segments)
         at = torch.from_numpy(np.asarray(positions, np.int64)).to(self.device)
         cos, sin = rope_angles(
             at,

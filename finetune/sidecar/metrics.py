@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from finetune.dataset.filters import Drop
 from finetune.gate.metrics import ALL
 from finetune.rounds.gating import decision_of
 from finetune.rounds.round import Phase, Result, Round
@@ -66,7 +67,7 @@ class SidecarMetrics:
             self._rounds.labels(round.result).inc()
         if round.decision is not None and (round.result is not None or round.phase is Phase.PROMOTE):
             self.show_decision(round)
-        if round.decision is not None and round.phase is Phase.PROMOTE and round.result is None:
+        if round.decision is not None and round.result is not None:  # once, however often it had to be carried out
             self._gates.labels(round.decision["outcome"]).inc()
 
     def on_progress(self, round: Round, num_done: int, num_in_all: int, **values: float) -> None:
@@ -91,8 +92,8 @@ class SidecarMetrics:
         for part, count in facts.get("kept", {}).items():
             self._examples.labels(adapter, part, "kept").set(count)
         for part, reasons in facts.get("dropped", {}).items():
-            for reason, count in reasons.items():
-                self._examples.labels(adapter, part, reason).set(count)
+            for reason in Drop:  # also those that the last snapshot had and this one has not
+                self._examples.labels(adapter, part, reason).set(reasons.get(reason, 0))
 
     # -- of everything else -------------------------------------------------------------------------------------------
 

@@ -101,6 +101,7 @@ def test_the_metrics_of_a_round(bench: Bench) -> None:
     bench.metrics.on_phase(round)
     assert bench.value("examples", adapter="tools", part="train", outcome="kept") == 90
     assert bench.value("examples", adapter="tools", part="train", outcome="unlabelled") == 7
+    assert bench.value("examples", adapter="tools", part="train", outcome="duplicate") == 0
     bench.metrics.on_progress(
         round, 3, 12, loss=0.5, grad_norm=2.0, learning_rate=1e-4, tokens_per_second=300.0, num_tokens=2000,
         validation_loss=0.7,
@@ -115,8 +116,9 @@ def test_the_metrics_of_a_round(bench: Bench) -> None:
     decision = a_decision(GateSettings())
     round = bench.store.advance(bench.lease, round, {}, decision=json.loads(decision.to_json()))
     assert decision_of(round) == decision
-    bench.metrics.on_phase(round)
-    assert bench.value("gate_total", result="promote") == 1
+    for _ in range(2):  # the server was away: taken up again
+        bench.metrics.on_phase(round)
+    assert bench.value("gate_total", result="promote") == 0, "when it has been carried out"
     assert bench.value("gate_total", result="reject") == 0
     assert bench.value("held_out_score", adapter="tools", metric="balanced_accuracy", side="candidate") == 1.0
     assert bench.value("held_out_score", adapter="tools", metric="balanced_accuracy", side="live") == 0.5
