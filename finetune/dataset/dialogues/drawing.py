@@ -86,10 +86,6 @@ class Drawer:
     def integer(self, low: int, high: int) -> Slot:
         return self.fit(lambda: self._whole(low, high))
 
-    def amount(self, low: int, high: int) -> int:
-        """The same as a bare number, for lists and dates."""
-        return int(self.integer(low, high).value)
-
     def _whole(self, low: int, high: int) -> Slot:
         # A third of the values is small: people say 12 more often than 1,837.
         top = min(high, max(low + 20, high // 10)) if self.dice.chance(1 / 3) else high

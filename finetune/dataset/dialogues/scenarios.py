@@ -13,7 +13,6 @@ from typing import Literal
 
 HERE = Path(__file__).parent
 Split = Literal["train", "validation", "held_out"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "held_out")
 _WORDS = ("place", "person", "things", "event", "long", "heavy", "liquid", "hot")
 
 
