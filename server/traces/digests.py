@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from server.traces.tool_results import is_error_result
 
@@ -28,7 +28,8 @@ _SYSTEM = ("system", "developer")
 @dataclass(frozen=True, slots=True)
 class Anchor:
     digest: bytes
-    is_proof: bool
+    kind: Literal["call", "turn", "hint"]
+    """A call is one trace's alone; agents with equal pasts (greedy decoding) share their turns; hints prove nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,9 @@ def anchors_of_turn(key_id: str, message: Mapping[str, Any], context: bytes) -> 
     text = normalize_text(message.get("content")) or normalize_text(message.get("refusal"))
     calls = _normalize_calls(message)
     if text or calls:
-        yield Anchor(_digest("turn", key_id, context, text, calls), is_proof=True)
+        yield Anchor(_digest("turn", key_id, context, text, calls), "turn")
         if len(text) + len(calls) >= MIN_TELLING_LENGTH:
-            yield Anchor(_digest("hint", key_id, text, calls), is_proof=False)
+            yield Anchor(_digest("hint", key_id, text, calls), "hint")
     for call in message.get("tool_calls") or ():
         yield _call_anchor(key_id, str(call["id"]))
 
@@ -120,7 +121,7 @@ def _canonical(value: Any) -> str:
 
 
 def _call_anchor(key_id: str, call_id: str) -> Anchor:
-    return Anchor(_digest("call", key_id, call_id), is_proof=True)
+    return Anchor(_digest("call", key_id, call_id), "call")
 
 
 def _digest(kind: str, *parts: str | bytes) -> bytes:

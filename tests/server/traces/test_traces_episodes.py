@@ -6,8 +6,8 @@ import pytest
 from sqlalchemy import select
 
 from server.storage.database import open_database
-from server.traces.digests import read_conversation
-from server.traces.episodes import Episodes
+from server.traces.digests import Anchor, read_conversation
+from server.traces.episodes import Episodes, Known, choose
 from server.traces.sides import SideDraw
 from server.traces.store import TraceStore
 from server.traces.tables import episodes
@@ -61,6 +61,80 @@ def test_two_agents_with_one_beginning_stay_apart(client: Client, is_restarted: 
         assert client.episode_of(second) == client.episode_of(third)
         seen.append(client.episode_of(third))
     assert set(seen) == {client.episode_of(one), client.episode_of(two)}
+
+
+NUM_AGENTS = 20
+
+
+def test_many_agents_with_one_first_turn_stay_apart(client: Client, is_restarted: bool) -> None:
+    """A call's id says whose it is, however many others were answered alike."""
+    begin = [user("start")]
+    firsts = [client.ask(begin, assistant(None, call("look"))) for _ in range(NUM_AGENTS)]
+    if is_restarted:
+        client.forget()
+    for number, first in enumerate(firsts):
+        said = dict(first.answers[0].message)
+        history = [*begin, said, result(said["tool_calls"][0]["id"], "nothing")]
+        second = client.ask(history, assistant("next?"))
+        third = client.ask([*history, assistant("next?"), user(f"{number}")], assistant("done"))
+        assert second.episode.id == third.episode.id == first.episode.id
+        assert (second.episode.others, third.episode.others) == ((), ())
+    assert len(set(client.rows().values())) == NUM_AGENTS
+
+
+def test_many_users_with_one_greeting_stay_apart(client: Client, is_restarted: bool) -> None:
+    begin = [user("Hi")]
+    for _ in range(NUM_AGENTS):
+        client.ask(begin, assistant("Hello!"))
+    if is_restarted:
+        client.forget()
+    history = [*begin, assistant("Hello!"), user("How are you?")]
+    seconds = [client.ask(history, assistant("Fine.")) for _ in range(NUM_AGENTS)]
+    if is_restarted:
+        client.forget()
+    thirds = [
+        client.ask([*history, assistant("Fine."), user(f"{number}")], assistant("ok")) for number in range(NUM_AGENTS)
+    ]
+    for turn in (seconds, thirds):
+        assert len({record.episode.id for record in turn}) == NUM_AGENTS
+    assert len({episode for episode, _ in client.rows().values()}) == NUM_AGENTS, "and nothing was merged"
+
+
+def test_requests_that_come_together_take_different_episodes(client: Client) -> None:
+    for _ in range(2):
+        client.ask([user("Hi")], assistant("Hello!"))
+    client.forget()
+    shown = read_conversation("", [user("Hi"), assistant("Hello!"), user("and now?")], None)
+
+    async def both() -> list[str]:
+        return [ref.id for ref in await asyncio.gather(*(client.episodes.resolve("", shown) for _ in range(2)))]
+
+    assert len(set(asyncio.run(both())) & {episode for episode, _ in client.rows().values()}) == 2
+
+
+def test_a_call_is_found_behind_a_thousand_equal_turns(client: Client) -> None:
+    begin = [user("start")]
+    records = [make_record(begin, assistant(None, call("look"))) for _ in range(1100)]
+    client.store.write(records)
+    for record in records[::100]:
+        client.forget()
+        said = dict(record.answers[0].message)
+        again = client.ask([*begin, said, result(said["tool_calls"][0]["id"], "x")], assistant("y"))
+        assert (again.episode.id, again.episode.others) == (record.episode.id, ())
+
+
+def test_who_cannot_be_told_apart_begins_an_episode(client: Client, is_restarted: bool) -> None:
+    """Two agents with one past went on; whose second try this is, nobody knows. The second try of one agent is its."""
+    for agents in (["a"], ["b", "c"]):
+        begin = [user(f"start {agents}")]
+        history = [*begin, assistant("ready"), user("go")]
+        ours = {client.ask(begin, assistant("ready")).episode.id for _ in agents}
+        assert {client.ask(history, assistant(agent)).episode.id for agent in agents} == ours
+        if is_restarted:
+            client.forget()
+        assert (client.ask(history, assistant("again")).episode.id in ours) == (len(agents) == 1)
+    turn = Anchor(b"t", "turn")
+    assert choose([turn], Known({b"t": {"ep-1": True}}, is_complete=False)) == ([], b"t"), "there may be others"
 
 
 def test_a_tool_result_joins_the_call_that_caused_it(client: Client, is_restarted: bool) -> None:
@@ -222,6 +296,23 @@ def test_two_servers_stitch_and_draw_alike(database_url: str) -> None:
     assert {ours.episode_of(record) for record in (first, second, third)} == {first.episode.id}
     assert len({ours.episode_of(record) for record in named}) == 1
     for server in (ours, theirs):
+        server.store.database.close()
+
+
+def test_two_servers_keep_agents_with_one_first_turn_apart(database_url: str) -> None:
+    """Each of a pair is answered first by another server, and goes on where the other began; also after a third one."""
+    servers = [Client(TraceStore(open_database(database_url))) for _ in range(3)]
+    begin = [user("start")]
+    firsts = [servers[n].ask(begin, assistant(None, call("look"))) for n in (0, 1)]
+    for n in (0, 1):
+        said = dict(firsts[n].answers[0].message)
+        second = servers[1 - n].ask([*begin, said, result(said["tool_calls"][0]["id"], "x")], assistant("y"))
+        assert (second.episode.id, second.episode.others) == (firsts[n].episode.id, ())
+    for text, order in (("Hi", (1, 0)), ("Hello", (2, 1)), ("Hey", (2, 0))):
+        ours = {servers[n].ask([user(text)], assistant("yes?")).episode.id for n in (0, 1)}
+        seconds = [servers[n].ask([user(text), assistant("yes?"), user("so")], assistant("no")) for n in order]
+        assert {record.episode.id for record in seconds} == ours
+    for server in servers:
         server.store.database.close()
 
 
