@@ -1,9 +1,10 @@
 """A log of a million traces: what the next commit and every kind of list take, beside a log that is nearly empty.
 
 Measures, on SQLite (default) or on PostgreSQL (a private server): the time of a commit of one trace and of 32, with a
-thousand traces in the log and with all; the time of the first page of each list (50 traces) under each filter,
-alone and in combinations that match much, little or nothing, for admin and for one API key. Traces are written by bulk
-insert: 300 prompt tokens, two anchors, a tool call in three, episodes of five, 20 keys, 12 versions, 5,000 users.
+thousand traces in the log and with all, and of one that begins as every fifth episode does; the time of the first page
+of each list (50 traces) under each filter, alone and in combinations that match much, little or nothing, for admin, for
+an API key with half of the traffic and for one with little. Traces are written by bulk insert: 300 prompt tokens, two
+anchors, a tool call in three, episodes of five, 20 keys, 12 versions, 5,000 users.
 
 usage: python -m benchmarks.million_traces [--num-traces 1000000] [--database sqlite|postgres] [--json]
 """
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from typing import Any
@@ -27,29 +28,33 @@ from server.storage.database import Database, open_database
 from server.storage.types import pack_json, pack_token_ids
 from server.traces.filters import TraceFilter
 from server.traces.queries import TraceQueries
+from server.traces.sides import SideDraw
 from server.traces.store import TraceStore
 from server.traces.tables import episode_anchors, episodes, tool_calls, trace_contents, traces
 from server.traces.viewer import ADMIN, Viewer
 from tests.server.postgres import Cluster
-from tests.server.traces.builders import START, make_record, user
+from tests.server.traces.builders import START, Message, make_record, user
 
 NEARLY_EMPTY = 1000
 BATCH = 10_000
 EPISODE_LENGTH, NUM_KEYS, NUM_VERSIONS, NUM_USERS = 5, 20, 12, 5000
 TOKEN_IDS = list(range(300))
 LIMIT_MS = 100.0
+CRON = (user("It is time. " * 30),)
+"""What an agent is told that a timer starts."""
 
 
 def fill(database: Database, num_have: int, num_wanted: int) -> None:
     draw = random.Random(num_have)
+    group = SideDraw(database.secret("episode_sides")).group_digest(make_record(CRON).episode.group)
     for start in range(num_have, num_wanted, BATCH):
         with database.write() as connection:
-            _insert_batch(connection, draw, start, min(BATCH, num_wanted - start))
+            _insert_batch(connection, draw, group, start, min(BATCH, num_wanted - start))
         if sys.stderr.isatty():
             print(f"\r{start} of {num_wanted}", end="", file=sys.stderr)
 
 
-def _insert_batch(connection: Connection, draw: random.Random, start: int, count: int) -> None:
+def _insert_batch(connection: Connection, draw: random.Random, group: bytes, start: int, count: int) -> None:
     packed_ids = pack_token_ids(TOKEN_IDS)
     said = {"messages": [{"role": "system", "content": os.urandom(200).hex()}, {"role": "user", "content": "q" * 50}]}
     content = {
@@ -60,8 +65,8 @@ def _insert_batch(connection: Connection, draw: random.Random, start: int, count
         "completion_token_ids": packed_ids,
     }
     first = start // EPISODE_LENGTH
-    groups = [_episode(draw, first + number) for number in range(-(-count // EPISODE_LENGTH))]
-    episode_seqs = connection.scalars(insert(episodes).returning(episodes.c.seq), groups).all()
+    starts = [_episode(draw, group, first + number) for number in range(-(-count // EPISODE_LENGTH))]
+    episode_seqs = connection.scalars(insert(episodes).returning(episodes.c.seq), starts).all()
     rows = [
         _trace(draw, start + n, episode_seqs[n // EPISODE_LENGTH], first + n // EPISODE_LENGTH) for n in range(count)
     ]
@@ -76,11 +81,16 @@ def _insert_batch(connection: Connection, draw: random.Random, start: int, count
     connection.execute(insert(tool_calls), calls)
 
 
-def _episode(draw: random.Random, number: int) -> dict[str, Any]:
+def _episode(draw: random.Random, group: bytes, number: int) -> dict[str, Any]:
     return {
-        "id": f"ep-{number:032x}", "key_id": f"key-{number % NUM_KEYS}", "side": "train",
-        "group_digest": draw.randbytes(16), "created_at": START,
+        "id": f"ep-{number:032x}", "key_id": _key(number), "side": "train",
+        "group_digest": draw.randbytes(16) if number % 5 else group, "created_at": START,
     }  # fmt: skip
+
+
+def _key(episode: int) -> str:
+    """Half of all episodes are one key's."""
+    return f"key-{episode % NUM_KEYS if episode % 2 else 0}"
 
 
 def _trace(draw: random.Random, number: int, episode_seq: int, episode: int) -> dict[str, Any]:
@@ -91,7 +101,7 @@ def _trace(draw: random.Random, number: int, episode_seq: int, episode: int) -> 
         "purpose": "user" if draw.random() < 0.97 else "evaluation",
         "status": "ok" if draw.random() < 0.99 else draw.choice(["failed", "cancelled"]), "finish_reason": "stop",
         "requested_model": "tools", "adapter": "tools" if version else None,
-        "version": f"tools@{version}" if version > 1 else None, "key_id": f"key-{episode % NUM_KEYS}",
+        "version": f"tools@{version}" if version > 1 else None, "key_id": _key(episode),
         "user_id": f"user-{draw.randrange(NUM_USERS)}" if draw.random() < 0.5 else None, "session_id": None,
         "has_tools": True, "has_tool_calls": draw.random() < 0.3, "has_tool_error": draw.random() < 0.02,
         "was_constrained": False, "has_feedback": draw.random() < 0.05, "is_audit": draw.random() < 0.01,
@@ -100,11 +110,13 @@ def _trace(draw: random.Random, number: int, episode_seq: int, episode: int) -> 
     }  # fmt: skip
 
 
-def commit_ms(database: Database, size: int, count: int) -> float:
-    """Median of a commit of `size` traces as the server makes them."""
+def commit_ms(
+    database: Database, size: int, count: int, messages: Sequence[Message] = (user("what is it? " * 30),)
+) -> float:
+    """Median of a commit of `size` traces as the server makes them, each an episode of its own."""
     store, seconds = TraceStore(database), []
     for _ in range(count):
-        records = [make_record((user("what is it? " * 30),), None, prompt_token_ids=TOKEN_IDS) for _ in range(size)]
+        records = [make_record(messages, None, prompt_token_ids=TOKEN_IDS) for _ in range(size)]
         seconds.append(_seconds(lambda records=records: store.write(records)))  # type: ignore[misc]
     return statistics.median(seconds) * 1e3
 
@@ -112,7 +124,7 @@ def commit_ms(database: Database, size: int, count: int) -> float:
 def filters(num_traces: int, episode_id: str) -> list[dict[str, Any]]:
     """Much, little and nothing of everything that can be asked for."""
     middle, end = START + timedelta(seconds=num_traces // 2), START + timedelta(seconds=num_traces)
-    hour = timedelta(hours=1)
+    hour, lately = timedelta(hours=1), end - timedelta(minutes=5)
     return [
         {}, {"adapter": "tools"}, {"adapter": "none"}, {"version": "tools@2"}, {"version": "tools@99"},
         {"key_id": "key-3"}, {"key_id": "key-99"}, {"user_id": "user-7"}, {"user_id": "nobody"},
@@ -127,7 +139,10 @@ def filters(num_traces: int, episode_id: str) -> list[dict[str, Any]]:
         {"adapter": "tools", "purpose": "user", "status": "ok", "has_tool_calls": True},
         {"version": "tools@2", "since": START, "until": START + (end - START) / 10},
         {"key_id": "key-3", "status": "failed", "has_feedback": True, "has_tool_error": True, "is_audit": True},
-        {"adapter": "none", "version": "tools@2"},
+        {"adapter": "none", "version": "tools@2"}, {"since": lately}, {"adapter": "tools", "since": lately},
+        {"version": "tools@2", "since": lately}, {"has_tool_calls": False, "since": lately},
+        {"adapter": "tools", "since": end + hour}, {"adapter": "tools", "since": middle, "until": middle + hour},
+        {"adapter": "none", "since": middle}, {"adapter": "tools", "status": "failed", "since": lately},
     ]  # fmt: skip
 
 
@@ -137,12 +152,12 @@ def list_ms(database: Database, num_traces: int) -> list[tuple[float, str]]:
     with database.read() as connection:
         episode_id = connection.scalar(select(episodes.c.id).order_by(episodes.c.seq).limit(1).offset(100))
     for where in filters(num_traces, str(episode_id)):
-        for viewer in (ADMIN, Viewer("key-3")):
+        for viewer in (ADMIN, Viewer("key-0"), Viewer("key-3")):
             wanted = TraceFilter(**where)
             ask: Callable[[], object] = lambda wanted=wanted, viewer=viewer: queries.list(viewer, wanted)  # type: ignore[misc]  # noqa: E731
             seconds = statistics.median(_seconds(ask) for _ in range(5))
             text = " ".join(f"{name}={value}" for name, value in where.items()) or "everything"
-            found.append((seconds * 1e3, f"{text} ({'admin' if viewer.is_admin else 'one key'})"))
+            found.append((seconds * 1e3, f"{text} ({'admin' if viewer.is_admin else viewer.key_id})"))
     return sorted(found, reverse=True)
 
 
@@ -187,6 +202,7 @@ def main() -> None:
         database = open_database(url)
         result["commit_1_ms"] = commit_ms(database, 1, 50)
         result["commit_32_ms"] = commit_ms(database, 32, 20)
+        result["commit_common_first_message_ms"] = commit_ms(database, 1, 50, CRON)
         lists = list_ms(database, args.num_traces)
         database.close()
     result |= {

@@ -4,7 +4,8 @@ Locust's own rows time whole answers. The rows `TTFT` and `ITL` of type `SSE` ar
 Gaps are taken between chunks, so they hold for one process of up to some hundred users; beyond that, or to compare
 rates, use sse_client.py, which costs far less for each token.
 
-To Sterna the load is no traffic (purpose evaluation), which needs an admin key in STERNA_API_KEY once keys exist.
+To Sterna the load is no traffic (purpose evaluation), which needs a key of scopes inference and train in STERNA_API_KEY
+once keys exist.
 
 needs: pip install 'sterna[loadtest]'
 usage: locust -f loadtests/locustfile.py --host http://127.0.0.1:8000 --headless -u 16 -r 4 -t 60s

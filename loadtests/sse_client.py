@@ -231,7 +231,7 @@ def main() -> int:
         "--purpose",
         choices=("evaluation", "user"),
         default="evaluation",
-        help="what Sterna takes the load for; evaluation needs an admin key once keys exist [evaluation]",
+        help="what Sterna takes the load for; evaluation needs the scope train once keys exist [evaluation]",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     options = parser.parse_args()

@@ -185,7 +185,10 @@ class RemoteFiles:
             self._fs.rmdir(self._url(directory))
 
     def clean(self, before: datetime) -> None:
+        """Also copies of versions that another server deleted. Copies first: what is fetched meanwhile is not seen."""
         self._copies.clean(before)
+        for directory in sorted({*self._copies.directories()} - {*self.directories()}):
+            self._copies.remove(directory)
 
     def forget(self, directory: str) -> None:
         self._copies.remove(directory)

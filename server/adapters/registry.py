@@ -234,7 +234,7 @@ class Registry:
 
     def _locked(self) -> AbstractContextManager[Connection]:
         """A transaction during which nobody else changes the registry."""
-        return self._database.write(lock="adapters")
+        return self._database.write(lock=LOCK)
 
     @contextmanager
     def _edit(

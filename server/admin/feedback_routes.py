@@ -3,7 +3,6 @@
 Scope `feedback`; a key reaches its own traces, admin all. 201 when something is new, 200 when all of it was known.
 """
 
-import asyncio
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
@@ -11,6 +10,7 @@ from starlette.responses import Response
 
 from server.admin.feedback_wire import FeedbackBatch, FeedbackRequest
 from server.admin.trace_views import taken_body
+from server.admin.turns import Turns
 from server.openai.body import read_model
 from server.openai.openapi import request_body
 from server.openai.respond import json_response
@@ -22,11 +22,13 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 
 def build_feedback_router(service: Service) -> APIRouter:
     router = APIRouter()
+    turns = Turns(1)  # the database writes one at a time anyway
 
     async def give(http: Request, target: Target) -> Response:
         caller = (await service.access.caller(http)).require("feedback")
         given = (await read_model(http, FeedbackRequest)).feedback(http.headers.get(IDEMPOTENCY_HEADER))
-        stored = await asyncio.to_thread(service.records().feedback.add, caller.viewer, target, given)
+        store = service.records().feedback
+        stored = await turns.run(lambda: store.add(caller.viewer, target, given))
         _count(service, [stored])
         return json_response(taken_body(stored), 201 if stored.is_new else 200)
 
@@ -46,7 +48,8 @@ def build_feedback_router(service: Service) -> APIRouter:
     async def create_feedback(http: Request) -> Response:
         caller = (await service.access.caller(http)).require("feedback")
         items = (await read_model(http, FeedbackBatch)).feedback(http.headers.get(IDEMPOTENCY_HEADER))
-        stored = await asyncio.to_thread(service.records().feedback.add_many, caller.viewer, items)
+        store = service.records().feedback
+        stored = await turns.run(lambda: store.add_many(caller.viewer, items))
         _count(service, stored)
         num_new = sum(one.is_new for one in stored)
         body = {"object": "list", "data": [taken_body(one) for one in stored], "num_new": num_new}

@@ -3,7 +3,7 @@
 Read here and not by FastAPI, whose own reading takes unknown names and answers in another error shape.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -32,8 +32,11 @@ def read_query(http: Request, known: Mapping[str, str], *required: str) -> dict[
     return found
 
 
-def query_parameters(known: Mapping[str, str], *required: str) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads a query."""
+def query_parameters(
+    known: Mapping[str, str], *required: str, choices: Mapping[str, Collection[str]] | None = None
+) -> dict[str, Any]:
+    """`openapi_extra` of a route that reads a query. `choices`: the accepted values of some."""
+    enums = choices or {}
     return {
         "parameters": [
             {
@@ -41,7 +44,7 @@ def query_parameters(known: Mapping[str, str], *required: str) -> dict[str, Any]
                 "in": "query",
                 "required": name in required,
                 "description": text,
-                "schema": {"type": "string"},
+                "schema": {"type": "string"} | ({"enum": list(enums[name])} if name in enums else {}),
             }
             for name, text in known.items()
         ]

@@ -5,25 +5,29 @@ the agent's own key. What asks the database, and what makes its long answers, ru
 (feedback_routes.py).
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response, StreamingResponse
 
-from server.admin.query import read_query
-from server.admin.trace_views import page_body, stats_body, trace_body
+from server.admin.query import query_parameters, read_query
+from server.admin.trace_views import deletion_body, page_body, stats_body, trace_body
+from server.admin.turns import Turns
 from server.errors import InvalidRequestError
+from server.openai.protocol.chunks import Body
 from server.openai.respond import json_response
 from server.openai.service import Service
 from server.traces.errors import TraceNotFoundError
 from server.traces.exchange import export_lines
 from server.traces.filter_text import FILTER_CHOICES, FILTER_TEXTS, read_filter
 from server.traces.filters import TraceFilter
+from server.traces.lineage import Lineage
 from server.traces.queries import MAX_PAGE
+from server.traces.viewer import Viewer
 
 JSON_LINES = "application/jsonl"
+NUM_AT_ONCE = 2
+"""Of all these requests together: totals over a large log take a thread for seconds."""
 CHUNK_CHARS = 1 << 16
 """Of an export: large enough that a hop to a thread is nothing beside it."""
 PAGE_TEXTS = {
@@ -36,29 +40,32 @@ _CHOICES = FILTER_CHOICES | {"with_corrections": ("true", "false")}
 
 def build_trace_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1/traces")
-    _add_lists(router, service)
-    _add_one(router, service)
-    _add_deletion(router, service)
+    turns = Turns(NUM_AT_ONCE)
+    _add_lists(router, service, turns)
+    _add_export(router, service, turns)
+    _add_one(router, service, turns)
+    _add_deletion(router, service, turns)
     return router
 
 
-def _add_lists(router: APIRouter, service: Service) -> None:
-    @router.get("", openapi_extra=_query(FILTER_TEXTS | PAGE_TEXTS))
+def _add_lists(router: APIRouter, service: Service, turns: Turns) -> None:
+    @router.get("", openapi_extra=query_parameters(FILTER_TEXTS | PAGE_TEXTS, choices=_CHOICES))
     async def list_traces(http: Request) -> Response:
         caller = (await service.access.caller(http)).require("feedback")
         query = read_query(http, FILTER_TEXTS | PAGE_TEXTS)
         page = {name: _number(query, name) for name in PAGE_TEXTS if name in query}
         queries, where = service.records().queries, read_filter(query)
-        return await asyncio.to_thread(lambda: json_response(page_body(queries.list(caller.viewer, where, **page))))
+        return await turns.run(lambda: json_response(page_body(queries.list(caller.viewer, where, **page))))
 
-    @router.get("/stats", openapi_extra=_query(FILTER_TEXTS))
+    @router.get("/stats", openapi_extra=query_parameters(FILTER_TEXTS, choices=_CHOICES))
     async def trace_stats(http: Request) -> Response:
         caller = (await service.access.caller(http)).require("feedback")
-        where = read_filter(read_query(http, FILTER_TEXTS))
-        totals = await asyncio.to_thread(service.records().queries.stats, caller.viewer, where)
-        return json_response(stats_body(totals))
+        queries, where = service.records().queries, read_filter(read_query(http, FILTER_TEXTS))
+        return json_response(stats_body(await turns.run(lambda: queries.stats(caller.viewer, where))))
 
-    @router.get("/export", openapi_extra=_query(FILTER_TEXTS | EXPORT_TEXTS))
+
+def _add_export(router: APIRouter, service: Service, turns: Turns) -> None:
+    @router.get("/export", openapi_extra=query_parameters(FILTER_TEXTS | EXPORT_TEXTS, choices=_CHOICES))
     async def export_traces(http: Request) -> Response:
         caller = (await service.access.caller(http)).require("feedback")
         query = read_query(http, FILTER_TEXTS | EXPORT_TEXTS)
@@ -67,35 +74,42 @@ def _add_lists(router: APIRouter, service: Service) -> None:
             service.records().database, caller.viewer, read_filter(query), with_corrections=with_corrections
         )
         chunks = _chunks(lines)
-        first = await asyncio.to_thread(next, chunks)  # a database that is away is answered 503, not an empty file
-        return StreamingResponse(_sent(first, chunks), media_type=JSON_LINES)
+        first = await turns.run(lambda: next(chunks))  # a database that is away is answered 503, not an empty file
+        return StreamingResponse(_sent(first, chunks, turns), media_type=JSON_LINES)
 
 
-def _add_one(router: APIRouter, service: Service) -> None:
+def _add_one(router: APIRouter, service: Service, turns: Turns) -> None:
     @router.get("/{trace_id}")
     async def retrieve_trace(http: Request, trace_id: str) -> Response:
         caller = (await service.access.caller(http)).require("feedback")
         read_query(http, {})
         queries = service.records().queries
-        return await asyncio.to_thread(lambda: json_response(trace_body(queries.show(caller.viewer, trace_id))))
+        return await turns.run(lambda: json_response(trace_body(queries.show(caller.viewer, trace_id))))
 
 
-def _add_deletion(router: APIRouter, service: Service) -> None:
-    @router.delete("", openapi_extra=_query(FILTER_TEXTS))
+def _add_deletion(router: APIRouter, service: Service, turns: Turns) -> None:
+    async def delete(viewer: Viewer, where: TraceFilter) -> Body:
+        records = service.records()
+
+        def act() -> Body:
+            deleted = records.deletion.delete(viewer, where)
+            return deletion_body(len(deleted), Lineage(records.database).versions_that_saw(deleted))
+
+        return await turns.run(act)
+
+    @router.delete("", openapi_extra=query_parameters(FILTER_TEXTS, choices=_CHOICES))
     async def delete_traces(http: Request) -> Response:
         caller = (await service.access.caller(http)).require("admin")
-        where = read_filter(read_query(http, FILTER_TEXTS))
-        deleted = await asyncio.to_thread(service.records().deletion.delete, caller.viewer, where)
-        return json_response({"object": "traces.deleted", "num_deleted": len(deleted)})
+        return json_response(await delete(caller.viewer, read_filter(read_query(http, FILTER_TEXTS))))
 
     @router.delete("/{trace_id}")
     async def delete_trace(http: Request, trace_id: str) -> Response:
         caller = (await service.access.caller(http)).require("admin")
         read_query(http, {})
-        where = TraceFilter(trace_id=trace_id)
-        if not await asyncio.to_thread(service.records().deletion.delete, caller.viewer, where):
+        body = await delete(caller.viewer, TraceFilter(trace_id=trace_id))
+        if not body["num_deleted"]:
             raise TraceNotFoundError(f"There is no trace with the id '{trace_id[:80]}'.")
-        return json_response({"object": "traces.deleted", "num_deleted": 1})
+        return json_response(body)
 
 
 def _number(query: dict[str, str], name: str) -> int:
@@ -126,23 +140,8 @@ def _chunks(lines: Iterator[str]) -> Iterator[bytes]:
     yield "".join(held).encode()
 
 
-async def _sent(first: bytes, rest: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def _sent(first: bytes, rest: Iterator[bytes], turns: Turns) -> AsyncIterator[bytes]:
     chunk: bytes | None = first
     while chunk is not None:
         yield chunk
-        chunk = await asyncio.to_thread(next, rest, None)
-
-
-def _query(texts: dict[str, str]) -> dict[str, Any]:
-    """`openapi_extra` of a route that reads these."""
-    return {
-        "parameters": [
-            {
-                "name": name,
-                "in": "query",
-                "description": text,
-                "schema": {"type": "string"} | ({"enum": list(_CHOICES[name])} if name in _CHOICES else {}),
-            }
-            for name, text in texts.items()
-        ]
-    }
+        chunk = await turns.run(lambda: next(rest, None))

@@ -1,12 +1,13 @@
 """Traces and feedback as JSON objects: what /v1/traces and `sterna traces --json` say. Times are ISO 8601 in UTC."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
 from server.openai.protocol.chunks import Body
 from server.traces.feedback import StoredFeedback
+from server.traces.lineage import Sighting
 from server.traces.queries import FullTrace, Page, TraceSummary
 
 
@@ -36,6 +37,15 @@ def trace_body(trace: FullTrace) -> Body:
 
 def stats_body(totals: Mapping[str, Any]) -> Body:
     return {"object": "traces.stats", **_plain(totals)}
+
+
+def deletion_body(num_deleted: int, versions: Sequence[str]) -> Body:
+    """`versions`: those that were trained or tested on what is gone."""
+    return {"object": "traces.deleted", "num_deleted": num_deleted, "versions": list(versions)}
+
+
+def lineage_body(trace_id: str, sightings: Sequence[Sighting]) -> Body:
+    return {"object": "trace.lineage", "trace_id": trace_id, "data": [asdict(one) for one in sightings]}
 
 
 def feedback_body(stored: StoredFeedback) -> Body:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from server.admin.trace_views import page_body, stats_body, trace_body
+from server.admin.trace_views import lineage_body, page_body, stats_body, trace_body
 from server.commands.arguments import Parser
 from server.commands.database import opened, parse
 from server.commands.table import print_table
@@ -18,14 +18,17 @@ from server.commands.traces_text import LIST_HEADER, list_row, total_rows, trans
 from server.commands.verbs import run_verb
 from server.errors import ConfigError
 from server.traces.filters import TraceFilter
+from server.traces.lineage import Lineage
 from server.traces.queries import MAX_PAGE, TraceQueries
 from server.traces.viewer import ADMIN
 
+LINEAGE_HEADER = ("snapshot", "part", "versions")
 USAGE = """\
 usage: sterna traces VERB ...
 
   list      the newest traces, or those that a filter finds
   show      one trace as a transcript
+  lineage   the snapshots that hold a trace, and the versions that saw it
   stats     totals
   export    as JSON lines in OpenAI's fine-tuning format
   import    from such a file
@@ -41,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     verbs = {
         "list": _list,
         "show": _show,
+        "lineage": _lineage,
         "stats": _stats,
         "export": export_traces,
         "import": import_traces,
@@ -80,6 +84,23 @@ def _show(arguments: Sequence[str]) -> None:
             raise ConfigError("there are no traces yet")
         trace = queries.show(ADMIN, options.trace or newest[0].id)
     print(json.dumps(trace_body(trace)) if options.json else transcript(trace))
+
+
+def _lineage(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "traces lineage",
+        "Which snapshots hold a trace and which versions saw it, also when it was deleted.",
+        "sterna traces lineage TRACE",
+    )
+    parser.add_argument("trace", metavar="TRACE", help="its id")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    options, settings = parse(parser, arguments)
+    with opened(settings) as database:
+        seen = Lineage(database).sightings(options.trace)
+    if options.json:
+        print(json.dumps(lineage_body(options.trace, seen)))
+    else:
+        print_table(LINEAGE_HEADER, [[one.snapshot, one.part, " ".join(one.versions)] for one in seen])
 
 
 def _stats(arguments: Sequence[str]) -> None:

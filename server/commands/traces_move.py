@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from server.admin.trace_views import taken_body
+from server.admin.trace_views import deletion_body, taken_body
 from server.commands.arguments import Parser
 from server.commands.database import opened, parse
 from server.commands.traces_filter import add_filter, chosen_filter
@@ -19,6 +19,7 @@ from server.errors import ConfigError, UsageError
 from server.traces.deletion import TraceDeletion
 from server.traces.exchange import export_lines, import_lines
 from server.traces.feedback import Feedback, FeedbackStore, Target, TargetKind
+from server.traces.lineage import Lineage
 from server.traces.queries import TraceQueries
 from server.traces.redaction import RedactionRule, Redactor
 from server.traces.store import TraceStore
@@ -179,5 +180,10 @@ def delete_traces(arguments: Sequence[str]) -> None:
                 raise ConfigError("nothing was deleted")
         with tqdm(total=total, unit=" traces", disable=None, dynamic_ncols=True) as bar:
             deleted = TraceDeletion(database).delete(ADMIN, where, on_progress=bar.update)
-    num_deleted = {"object": "traces.deleted", "num_deleted": len(deleted)}
-    print(json.dumps(num_deleted) if options.json else f"{len(deleted)} traces deleted")
+        versions = Lineage(database).versions_that_saw(deleted)
+    if options.json:
+        print(json.dumps(deletion_body(len(deleted), versions)))
+        return
+    print(f"{len(deleted)} traces deleted")
+    if versions:
+        print(f"trained or tested on some of them: {', '.join(versions)}")

@@ -5,7 +5,7 @@ and reason, so that snapshots leave the trace out and the versions that were tra
 that the log never waits long; on SQLite the freed pages are overwritten (secure_delete).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from sqlalchemy import ColumnElement, delete, exists, func, insert, select
@@ -51,29 +51,29 @@ class TraceDeletion:
         limit: int | None = None,
         on_progress: Callable[[int], object] = lambda num_deleted: None,
     ) -> list[str]:
-        """Oldest first, at most `limit`."""
+        """Oldest first, at most `limit`. Finding them may take long, so it happens outside of the log's lock."""
         with self._database.read() as connection:
             last = connection.scalar(select(func.max(traces.c.seq))) or 0
+        query = select(traces.c.seq).where(*matching).order_by(traces.c.seq)
         deleted: list[str] = []
+        first = 0
         while limit is None or len(deleted) < limit:
             size = BATCH if limit is None else min(BATCH, limit - len(deleted))
-            batch = self._delete_batch([*matching, traces.c.seq <= last], reason, size)
+            with self._database.read() as connection:
+                seqs = connection.scalars(query.where(traces.c.seq.between(first, last)).limit(size)).all()
+            batch = self._delete_batch(seqs, reason) if seqs else []
             deleted += batch
             on_progress(len(batch))
-            if len(batch) < size:
+            if len(seqs) < size:
                 break
+            first = seqs[-1] + 1
         return deleted
 
-    def deleted_among(self, ids: Iterable[str]) -> set[str]:
-        """Which of these trace ids were deleted."""
-        with self._database.read() as connection:
-            return set(connection.scalars(select(trace_tombstones.c.id).where(trace_tombstones.c.id.in_(ids))))
-
-    def _delete_batch(self, matching: list[ColumnElement[bool]], reason: Reason, size: int) -> list[str]:
-        query = select(traces.c.seq, traces.c.id, traces.c.episode_seq).where(*matching).order_by(traces.c.seq)
+    def _delete_batch(self, seqs: Sequence[int], reason: Reason) -> list[str]:
+        query = select(traces.c.seq, traces.c.id, traces.c.episode_seq).where(traces.c.seq.in_(seqs))
         with self._database.write(lock=LOCK) as connection:
-            rows = connection.execute(query.limit(size)).all()
-            if not rows:
+            rows = connection.execute(query.order_by(traces.c.seq)).all()
+            if not rows:  # somebody else was faster
                 return []
             now = self._clock()
             stones = [{"seq": row.seq, "id": row.id, "deleted_at": now, "reason": reason} for row in rows]

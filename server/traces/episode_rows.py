@@ -5,33 +5,47 @@ A merged episode keeps its row, which points at the one it went into, so that it
 move. When the two were on different sides, both end up held out: what was seen on that side must not be trained on.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, bindparam, exists, func, insert, or_, select, update
 
-from server.traces.record import Side, TraceRecord
+from server.traces.record import TraceRecord
 from server.traces.sides import SideDraw
 from server.traces.tables import MAX_NAME_LENGTH, episodes, feedback, traces
 from server.traces.text import short
 
 # Statements of every commit are built once: building one takes longer than running it.
-_ROOTS = select(episodes.c.id, func.coalesce(episodes.c.merged_into, episodes.c.seq)).where(
+_ROOT = func.coalesce(episodes.c.merged_into, episodes.c.seq)
+_ROOTS = select(episodes.c.id, _ROOT, exists().where(feedback.c.episode_seq == _ROOT)).where(
     episodes.c.id.in_(bindparam("ids", expanding=True))
 )
-_FIRST_OF_GROUP = (
-    select(func.min(episodes.c.seq))
-    .where(episodes.c.group_digest.in_(bindparam("groups", expanding=True)))
-    .group_by(episodes.c.group_digest)
+_first = episodes.alias("first")
+_SIDE_OF_GROUP = (  # of the first of what may be a hundred thousand episodes: one look into the index
+    select(_first.c.side)
+    .where(_first.c.group_digest == bindparam("wanted_group"))
+    .order_by(_first.c.seq)
+    .limit(1)
+    .scalar_subquery()
 )
-_KNOWN_SIDES = select(episodes.c.group_digest, episodes.c.side).where(episodes.c.seq.in_(_FIRST_OF_GROUP))
-_INSERT = insert(episodes).returning(episodes.c.id, episodes.c.seq)
+_INSERT = (
+    insert(episodes)
+    .values(side=func.coalesce(_SIDE_OF_GROUP, bindparam("drawn")))
+    .returning(episodes.c.id, episodes.c.seq)
+)
 
 
-def ensure_episodes(connection: Connection, records: Sequence[TraceRecord], draw: SideDraw) -> dict[str, int]:
-    """The row number behind each episode id that the records name; makes the missing, merges what belongs together."""
+def ensure_episodes(
+    connection: Connection, records: Sequence[TraceRecord], draw: SideDraw
+) -> tuple[dict[str, int], set[int]]:
+    """The row number behind each episode id that the records name, and which of these episodes have feedback.
+
+    Makes the missing, merges what belongs together.
+    """
     wanted = {name for record in records for name in (record.episode.id, *record.episode.others)}
-    roots = _roots(connection, wanted)
+    known = connection.execute(_ROOTS, {"ids": list(wanted)}).all()
+    roots = {row[0]: row[1] for row in known}
+    judged = {row[1] for row in known if row[2]}
     fresh = {record.episode.id: record for record in reversed(records) if record.episode.id not in roots}
     if fresh:
         roots |= _insert(connection, list(reversed(fresh.values())), draw)
@@ -46,35 +60,29 @@ def ensure_episodes(connection: Connection, records: Sequence[TraceRecord], draw
                 kept, gone = sorted((roots[ref.id], roots[other]))
                 _merge(connection, kept, gone)
                 roots = {name: kept if seq == gone else seq for name, seq in roots.items()}
-    return roots
-
-
-def _roots(connection: Connection, ids: Iterable[str]) -> dict[str, int]:
-    return {row[0]: row[1] for row in connection.execute(_ROOTS, {"ids": list(ids)})}
+                if judged & {kept, gone}:
+                    judged.add(kept)
+                    connection.execute(update(traces).where(traces.c.episode_seq == kept).values(has_feedback=True))
+    return roots, judged
 
 
 def _insert(connection: Connection, firsts: Sequence[TraceRecord], draw: SideDraw) -> dict[str, int]:
-    """`firsts`: the first trace of each new episode."""
-    groups = {record.episode.group: draw.group_digest(record.episode.group) for record in firsts}
-    sides = _known_sides(connection, groups.values())
+    """`firsts`: the first trace of each new episode. Its side is that of its group's first one, else it is drawn."""
+    groups = [draw.group_digest(record.episode.group) for record in firsts]
     rows: list[dict[str, Any]] = [
         {
             "id": record.episode.id,
             "key_id": record.key_id,
             "name": short(record.episode.name, MAX_NAME_LENGTH),
-            "side": sides.get(groups[record.episode.group]) or draw.draw(record.episode.group),
-            "group_digest": groups[record.episode.group],
+            "drawn": draw.draw(record.episode.group),
+            "group_digest": group,
+            "wanted_group": group,
             "created_at": record.created_at,
         }
-        for record in firsts
+        for record, group in zip(firsts, groups, strict=True)
     ]
     returned = connection.execute(_INSERT, rows)
     return {row[0]: row[1] for row in returned}
-
-
-def _known_sides(connection: Connection, groups: Iterable[bytes]) -> dict[bytes, Side]:
-    """The side of the first episode of each group that has one."""
-    return {bytes(group): side for group, side in connection.execute(_KNOWN_SIDES, {"groups": list(groups)})}
 
 
 def _merge(connection: Connection, kept: int, gone: int) -> None:

@@ -42,9 +42,9 @@ _TOOLS: TypeAdapter[Any] = TypeAdapter(Tools)
 def export_lines(
     database: Database, viewer: Viewer, where: TraceFilter, *, with_corrections: bool = False
 ) -> Iterator[str]:
-    """Oldest first. `with_corrections`: a trace's latest correction takes the place of its answer."""
+    """Oldest first. `with_corrections`: the latest correction that the viewer sees takes the place of its answer."""
     latest = select(func.max(feedback.c.seq)).where(
-        feedback.c.trace_seq == traces.c.seq, feedback.c.correction.is_not(None)
+        feedback.c.trace_seq == traces.c.seq, feedback.c.correction.is_not(None), *viewer.sees(feedback)
     )
     newest = feedback.alias()
     correction = (

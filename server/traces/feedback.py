@@ -102,32 +102,34 @@ class FeedbackStore:
         return stored
 
     def list_for_trace(self, viewer: Viewer, trace_id: str) -> list[StoredFeedback]:
-        """Its own and its episode's, oldest first. Raises TraceNotFoundError."""
+        """Its own and its episode's, as far as the viewer sees them, oldest first. Raises TraceNotFoundError."""
         with self._database.read() as connection:
             trace = _find(connection, viewer, Target("trace", trace_id))
             mine = (feedback.c.trace_seq == trace.trace_seq) | (feedback.c.episode_seq == trace.episode_seq)
             query = select(feedback, traces.c.id.label("trace_id"), episodes.c.id.label("episode_id"))
             query = query.outerjoin(traces, feedback.c.trace_seq == traces.c.seq)
             query = query.outerjoin(episodes, feedback.c.episode_seq == episodes.c.seq)
-            return [_stored(row) for row in connection.execute(query.where(mine).order_by(feedback.c.seq))]
+            query = query.where(mine, *viewer.sees(feedback)).order_by(feedback.c.seq)
+            return [_stored(row) for row in connection.execute(query)]
 
     def _add(self, connection: Connection, viewer: Viewer, target: Target, given: Feedback) -> StoredFeedback:
         found = _find(connection, viewer, target)
-        body = _digest("body", target.kind, target.id, asdict(replace(given, idempotency_key=None)))
-        claim = _digest("key", viewer.key_id, given.idempotency_key) if given.idempotency_key else body
-        claim = _digest("claim", viewer.key_id, claim.hex())
+        is_for_episode = target.kind == "episode"
+        # However it was addressed: a trace also goes by its response's id, an episode by its name.
+        place = (None, found.episode_seq) if is_for_episode else (found.trace_seq, None)
+        body = _digest("body", asdict(replace(given, idempotency_key=None)))
+        claim = _digest("claim", viewer.key_id, given.idempotency_key or [*place, body.hex()])
         query = select(feedback).where(feedback.c.claim_digest == claim)
         known = connection.execute(query).one_or_none()
         if known is not None:
-            if bytes(known.body_digest) != body:
+            if bytes(known.body_digest) != body or (known.trace_seq, known.episode_seq) != place:
                 raise FeedbackConflictError("This idempotency key was used before, with other feedback.")
             return StoredFeedback(known.id, found.trace_id, found.episode_id, known.key_id, known.created_at, given)
-        is_for_episode = target.kind == "episode"
         (comment, label, correction), _ = self._redactor.redact([given.comment, given.label, given.correction])
         row = {
             "id": "fb-" + uuid.uuid4().hex,
-            "trace_seq": None if is_for_episode else found.trace_seq,
-            "episode_seq": found.episode_seq if is_for_episode else None,
+            "trace_seq": place[0],
+            "episode_seq": place[1],
             "key_id": viewer.key_id,
             "created_at": self._clock(),
             "source": given.source,

@@ -4,7 +4,7 @@ Every filter has an index in the list's order (tables.py). The conditions of par
 or the planners would not see that they fit; SQLite, which guesses badly without statistics, is told which to use.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
@@ -41,10 +41,6 @@ class TraceFilter:
     def is_empty(self) -> bool:
         return self == TraceFilter()
 
-    @property
-    def is_time_alone(self) -> bool:
-        return replace(self, since=None, until=None).is_empty
-
 
 def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
     """For a query on `traces`."""
@@ -68,10 +64,7 @@ def conditions(viewer: Viewer, where: TraceFilter) -> list[ColumnElement[bool]]:
         value = getattr(where, name)
         if value is not None:
             found.append(_literal(f"traces.{name}" if value else f"NOT traces.{name}"))
-    if where.since is not None:
-        found.append(traces.c.created_at >= where.since)
-    if where.until is not None:
-        found.append(traces.c.created_at < where.until)
+    found += _in_time(where)
     if where.episode_id is not None:
         found.append(traces.c.episode_seq == episode_seq(viewer, where.episode_id, key_id=where.key_id))
     return found
@@ -110,35 +103,36 @@ def sqlite_index(where: TraceFilter) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class TimePlan:
-    """How a list by time gets to its rows without passing most of the others.
+def rows_in_time(connection: Connection, where: TraceFilter) -> tuple[int, int] | None:
+    """The lowest and highest sequence number within `since` and `until`; None: they would not restrict much.
 
-    Time and sequence number run together, but a clock may have been stepped, so neither is derived from the other: what
-    is computed here is exact, and only whether it pays is estimated from the times of the first and last trace.
+    Without them a list whose other filters match many rows outside of that time passes all of these. Time and number
+    run together, but a clock may have been stepped, so neither is derived from the other: what is found here is exact,
+    and only whether it pays is estimated from the times of the first and last trace. Half a million entries of the
+    index are read in some 20 ms.
     """
-
-    last_seq: int | None = None
-    """No row that matches `until` has a higher one; None: not computed."""
-    sqlite_index: str | None = None
-
-
-def plan_time(connection: Connection, where: TraceFilter, *, is_alone: bool) -> TimePlan:
-    """`is_alone`: nothing else restricts the rows."""
     if where.since is None and where.until is None:
-        return TimePlan()
+        return None
     oldest = connection.scalar(select(func.min(traces.c.created_at)))
     newest = connection.scalar(select(func.max(traces.c.created_at)))
     if oldest is None or newest is None:
-        return TimePlan()
+        return None
     begin, end = max(where.since or oldest, oldest), min(where.until or newest, newest)
-    middle = oldest + (newest - oldest) / 2
-    if is_alone and end - begin < middle - oldest:
-        return TimePlan(sqlite_index="ix_traces_time")
-    if where.until is not None and end < middle:
-        last = connection.scalar(select(func.max(traces.c.seq)).where(traces.c.created_at < where.until))
-        return TimePlan(last_seq=last or 0)
-    return TimePlan()
+    if end - begin > (newest - oldest) / 2:
+        return None
+    # "+ 0": else the planners may look for the lowest number from the start of the log, row by row.
+    ends = select(func.min(traces.c.seq + 0), func.max(traces.c.seq + 0)).where(*_in_time(where))
+    first, last = connection.execute(ends.with_hint(traces, "INDEXED BY ix_traces_time", "sqlite")).one()
+    return (1, 0) if first is None else (first, last)
+
+
+def _in_time(where: TraceFilter) -> list[ColumnElement[bool]]:
+    found = []
+    if where.since is not None:
+        found.append(traces.c.created_at >= where.since)
+    if where.until is not None:
+        found.append(traces.c.created_at < where.until)
+    return found
 
 
 def _literal(condition: str) -> ColumnElement[bool]:

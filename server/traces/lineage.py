@@ -4,7 +4,7 @@ Written when a snapshot is frozen and when a version has been trained; kept afte
 their sequence numbers, which are never used again. Not here: the snapshots' files (finetune/dataset/snapshot.py).
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +12,7 @@ from sqlalchemy import insert, select, union
 
 from server.storage.clock import Clock, utc_now
 from server.storage.database import Database
-from server.traces.deletion import Reason
+from server.traces.deletion import BATCH, Reason
 from server.traces.errors import TraceNotFoundError
 from server.traces.tables import snapshot_traces, snapshot_versions, snapshots, trace_tombstones, traces
 
@@ -87,6 +87,24 @@ class Lineage:
                 versions = connection.execute(learned.order_by(*learned.selected_columns)).all()
                 found.append(Sighting(digest, part, tuple(f"{adapter}@{number}" for adapter, number in versions)))
         return found
+
+    def versions_that_saw(self, trace_ids: Sequence[str]) -> list[str]:
+        """As `tools@7`, sorted: those that were trained or tested on one of these traces, which may be deleted."""
+        found: set[tuple[str, int]] = set()
+        for start in range(0, len(trace_ids), BATCH):
+            batch = trace_ids[start : start + BATCH]
+            seqs = union(
+                select(traces.c.seq).where(traces.c.id.in_(batch)),
+                select(trace_tombstones.c.seq).where(trace_tombstones.c.id.in_(batch)),
+            )
+            saw = (
+                select(snapshot_versions.c.adapter, snapshot_versions.c.number)
+                .join(snapshot_traces, snapshot_traces.c.snapshot_seq == snapshot_versions.c.snapshot_seq)
+                .where(snapshot_traces.c.trace_seq.in_(seqs))
+            )
+            with self._database.read() as connection:
+                found.update((adapter, number) for adapter, number in connection.execute(saw.distinct()))
+        return [f"{adapter}@{number}" for adapter, number in sorted(found)]
 
     def deleted_from(self, snapshot: str, reasons: Collection[Reason] = FORGOTTEN) -> list[str]:
         """Ids of the snapshot's traces that were deleted since."""

@@ -15,7 +15,7 @@ from server.errors import InvalidRequestError
 from server.storage.database import Database
 from server.traces.errors import TraceNotFoundError
 from server.traces.feedback import FeedbackStore, StoredFeedback
-from server.traces.filters import TraceFilter, conditions, plan_time, sqlite_index
+from server.traces.filters import TraceFilter, conditions, rows_in_time, sqlite_index
 from server.traces.tables import MAX_NAME_LENGTH, episodes, feedback, tool_calls, trace_contents, traces
 from server.traces.text import short
 from server.traces.viewer import Viewer
@@ -112,10 +112,10 @@ class TraceQueries:
         if before is not None:
             seqs = seqs.where(traces.c.seq < before)
         with self._database.read() as connection:
-            plan = plan_time(connection, where, is_alone=viewer.is_admin and where.is_time_alone)
-            if plan.last_seq is not None:
-                seqs = seqs.where(traces.c.seq <= plan.last_seq)
-            index = sqlite_index(where) or plan.sqlite_index
+            ends = rows_in_time(connection, where)
+            if ends is not None:
+                seqs = seqs.where(traces.c.seq.between(*ends))
+            index = sqlite_index(where)
             if index is not None:
                 seqs = seqs.with_hint(traces, f"INDEXED BY {index}", "sqlite")
             found_seqs = connection.scalars(seqs).all()
@@ -175,6 +175,7 @@ class TraceQueries:
             scores = select(func.count(), func.avg(feedback.c.score)).join(
                 matching, feedback.c.trace_seq == columns.seq
             )
+            scores = scores.where(*viewer.sees(feedback))
             num_feedback, mean_score = connection.execute(scores).one()
             return {
                 **connection.execute(totals).one()._mapping,

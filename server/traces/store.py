@@ -82,6 +82,12 @@ class TraceStore:
                 self._on_tool_outcome(*outcome)
         return [one.record.id for one in prepared]
 
+    def mark_failed(self, ids: Sequence[str]) -> None:
+        """Those whose client was told so, perhaps while (or although) they were committed as answered."""
+        with self.database.write(lock=LOCK) as connection:
+            answered = traces.c.id.in_(ids), traces.c.status == "ok"
+            connection.execute(update(traces).where(*answered).values(status="failed"))
+
     def probe(self) -> None:
         """Raises DatabaseUnavailableError when nothing can be written now; writes one small row to find out."""
         with self.database.write() as connection:
@@ -94,8 +100,12 @@ class TraceStore:
             connection.execute(text("SELECT 1"))
 
     def _insert(self, connection: Connection, prepared: Sequence[_Prepared]) -> dict[str, int]:
-        roots = ensure_episodes(connection, [one.record for one in prepared], self._draw)
-        rows = [one.row | {"episode_seq": roots[one.record.episode.id]} for one in prepared]
+        roots, judged = ensure_episodes(connection, [one.record for one in prepared], self._draw)
+        episode_seqs = [roots[one.record.episode.id] for one in prepared]
+        rows = [
+            one.row | {"episode_seq": seq, "has_feedback": seq in judged}
+            for one, seq in zip(prepared, episode_seqs, strict=True)
+        ]
         seqs: dict[str, int] = {row[0]: row[1] for row in connection.execute(_INSERT_TRACES, rows)}
         by_seq = [(seqs[one.record.id], one) for one in prepared]
         connection.execute(_INSERT_CONTENTS, [{"trace_seq": seq} | one.contents for seq, one in by_seq])
@@ -180,7 +190,8 @@ class TraceStore:
     def _stored_call_id(self, call_id: str) -> str:
         """By which a result finds its call. One that a rule matches goes by its digest, so that ids stay apart."""
         if self.redactor.redact(call_id)[1]:
-            return "redacted-" + hashlib.blake2b(call_id.encode(errors="replace"), digest_size=16).hexdigest()
+            digest = hashlib.blake2b(call_id.encode(errors="replace"), key=self._audit_secret, digest_size=16)
+            return "redacted-" + digest.hexdigest()
         return short(call_id, MAX_NAME_LENGTH)
 
     def _row(self, record: TraceRecord, client: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +213,6 @@ class TraceStore:
             "has_tools": bool(record.tools),
             "was_constrained": record.was_constrained,
             "has_tool_error": False,
-            "has_feedback": False,
             "is_audit": record.purpose == "user" and int.from_bytes(audit, "big") < self._audit_limit,
             "num_prompt_tokens": record.num_prompt_tokens,
             "num_completion_tokens": record.num_completion_tokens,

@@ -22,9 +22,10 @@ episodes = Table(
     Column("key_id", String(32), nullable=False),
     Column("name", String(MAX_NAME_LENGTH)),  # the client's own, from X-Sterna-Episode
     Column("side", String(8), nullable=False),
-    Column("group_digest", LargeBinary, nullable=False, index=True),
+    Column("group_digest", LargeBinary, nullable=False),
     Column("merged_into", SequenceNumber, ForeignKey("episodes.seq", ondelete="CASCADE"), index=True),
     Column("created_at", UtcDateTime, nullable=False),
+    Index("ix_episodes_group", "group_digest", "seq"),
     sqlite_autoincrement=True,
 )
 

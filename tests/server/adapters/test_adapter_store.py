@@ -395,3 +395,15 @@ def test_a_full_disk(local_store: VersionStore, registry: Registry, tmp_path: Pa
     with pytest.raises(ServerUnavailableError, match="the adapter store failed"):
         local_store.import_version(adapter_dir(tmp_path / "b", 2), "tools", **WHO)
     assert len(registry.adapter("tools").versions) == 1
+
+
+def test_copies_of_what_another_server_deleted_go(registry: Registry, tmp_path: Path) -> None:
+    url = f"memory://{tmp_path.name}-copies"
+    ours, theirs = store_at(registry, url), store_at(registry, url)
+    gone, _ = ours.import_version(adapter_dir(tmp_path / "one"), "tools", **WHO)
+    kept, _ = ours.import_version(adapter_dir(tmp_path / "two", 2), "tools", **WHO)
+    copies = [theirs.path(version) for version in (gone, kept)]
+    registry.reject(gone.ref, **WHO)
+    ours.delete(gone.ref, **WHO)
+    assert theirs.collect_garbage() == []
+    assert [copy.exists() for copy in copies] == [False, True]

@@ -8,6 +8,7 @@ import pytest
 
 from server.admin import trace_routes
 from server.traces.feedback import Feedback, Target
+from server.traces.lineage import Lineage
 from server.traces.viewer import ADMIN
 from tests.server.admin.test_feedback_routes import ask, bearer, error
 from tests.server.openai.harness import MODEL, Harness, async_test, serving
@@ -193,6 +194,12 @@ async def test_admin_deletes_by_filter_or_id(migrated_url: str) -> None:
         assert await counts(h, "DELETE", f"/v1/traces/{one}", **admin) == (404, None)
         assert await counts(h, "DELETE", "/v1/traces/%00", **admin) == (404, None)
         assert await ids(h, **admin) == [mine, two]
+        queries, lineage = h.records.queries, Lineage(h.records.database)
+        seq = queries.show(ADMIN, two).summary.seq
+        lineage.add_snapshot("sha256:a", "tools", {"train": [seq]})
+        lineage.add_version("tools", 3, "sha256:a")
+        gone = await h.http.delete(f"/v1/traces/{two}", headers=admin)
+        assert gone.json() == {"object": "traces.deleted", "num_deleted": 1, "versions": ["tools@3"]}
 
 
 @async_test

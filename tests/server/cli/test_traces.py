@@ -13,6 +13,8 @@ import pytest
 from server import cli
 from server.storage.database import Database, open_database
 from server.traces.feedback import Feedback, FeedbackStore, Target
+from server.traces.lineage import Lineage
+from server.traces.queries import TraceQueries
 from server.traces.record import Answer
 from server.traces.store import TraceStore
 from server.traces.viewer import ADMIN
@@ -24,7 +26,7 @@ from tests.server.traces.builders import Client, assistant, call, make_record, r
 
 __all__ = ["migrated_url", "postgres_url"]
 
-VERBS = ("list", "show", "stats", "export", "import", "feedback", "delete")
+VERBS = ("list", "show", "lineage", "stats", "export", "import", "feedback", "delete")
 
 
 @pytest.fixture(autouse=True)
@@ -223,7 +225,7 @@ def test_deletion_asks_a_terminal_and_says_how_many(
     assert run(capsys, "traces", "delete", "--user-id", "user 0", "--yes") == "0 traces deleted\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     deleted = json.loads(run(capsys, "traces", "delete", "--key-id", "key-0", "--json"))
-    assert deleted == {"object": "traces.deleted", "num_deleted": 2}
+    assert deleted == {"object": "traces.deleted", "num_deleted": 2, "versions": []}
     assert run(capsys, "traces", "delete", "--older-than", "30d") == "2 traces deleted\n"
     assert listed(capsys) == []
     code, [line] = fault(capsys, "traces", "delete", "--yes")
@@ -301,3 +303,26 @@ def test_the_example_of_the_help_runs(command: str, client: Client, capsys: pyte
     assert example.startswith(f"sterna {command}")
     words = [{"TRACE": record.id, "KEY": key["id"]}.get(word, word) for word in shlex.split(example)]
     run(capsys, *words[1:])
+
+
+def test_who_saw_a_trace_also_when_it_is_gone(
+    client: Client, database: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = client.ask([user("a")], assistant("b"), user_id="eve")
+    lineage = Lineage(database)
+    lineage.add_snapshot("sha256:a", "tools", {"train": [TraceQueries(database).show(ADMIN, record.id).summary.seq]})
+    lineage.add_version("tools", 1, "sha256:a")
+    lineage.add_version("tools", 2, "sha256:a")
+    run(capsys, "traces", "lineage", record.id)
+    gone = run(capsys, "traces", "delete", "--user-id", "eve", "--yes")
+    assert gone == "1 traces deleted\ntrained or tested on some of them: tools@1, tools@2\n"
+    assert run(capsys, "traces", "lineage", record.id).split() == [
+        "snapshot", "part", "versions", "sha256:a", "train", "tools@1", "tools@2",
+    ]  # fmt: skip
+    assert json.loads(run(capsys, "traces", "lineage", record.id, "--json")) == {
+        "object": "trace.lineage",
+        "trace_id": record.id,
+        "data": [{"snapshot": "sha256:a", "part": "train", "versions": ["tools@1", "tools@2"]}],
+    }
+    code, [line] = fault(capsys, "traces", "lineage", "trace-x")
+    assert (code, "no trace" in line) == (1, True)

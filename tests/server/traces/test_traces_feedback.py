@@ -9,6 +9,7 @@ from server.errors import InvalidRequestError
 from server.storage.database import Database
 from server.traces.deletion import TraceDeletion
 from server.traces.errors import FeedbackConflictError, TraceNotFoundError
+from server.traces.exchange import export_lines
 from server.traces.feedback import Feedback, FeedbackStore, Target
 from server.traces.filters import TraceFilter
 from server.traces.queries import TraceQueries
@@ -38,13 +39,14 @@ def test_by_trace_by_response_and_for_the_episode(client: Client, feedback: Feed
     assert (by_trace.trace_id, by_response.trace_id, by_episode.trace_id) == (second.id, second.id, None)
     assert by_episode.episode_id == first.episode.id
     assert all(one.is_new for one in (by_trace, by_response, by_episode))
-    listed = feedback.list_for_trace(A, second.id)
+    listed = feedback.list_for_trace(ADMIN, second.id)
     assert [one.id for one in listed] == [by_trace.id, by_response.id, by_episode.id]
     assert listed[0].feedback.correction == correction
     assert listed[0].feedback.comment == "nul \ufffd"
     assert (listed[1].feedback.score, listed[1].feedback.source) == (0.5, "known_answer")
     assert (listed[0].key_id, listed[2].key_id, listed[0].created_at) == ("key-a", "", START)
-    assert [one.id for one in feedback.list_for_trace(A, first.id)] == [by_episode.id]
+    assert [one.id for one in feedback.list_for_trace(ADMIN, first.id)] == [by_episode.id]
+    assert [one.id for one in feedback.list_for_trace(A, second.id)] == [by_trace.id, by_response.id]
     found = TraceQueries(client.store.database).list(A, TraceFilter(has_feedback=True)).traces
     assert {one.id for one in found} == {first.id, second.id}
 
@@ -60,7 +62,7 @@ def test_twice_is_once(client: Client, feedback: FeedbackStore) -> None:
         feedback.add(A, target, thumbs(0.6, idempotency_key="k1"))
     assert feedback.add(ADMIN, target, thumbs(0.6, idempotency_key="k1")).is_new, "another key's keys are its own"
     assert feedback.add(A, target, thumbs(0.6)).is_new, "a change of mind is new feedback"
-    assert len(feedback.list_for_trace(A, target.id)) == 4
+    assert len(feedback.list_for_trace(ADMIN, target.id)) == 4
 
 
 @pytest.mark.parametrize("kind", ["trace", "response", "episode"])
@@ -178,3 +180,53 @@ def test_given_by_two_at_once_it_is_one_row(client: Client, feedback: FeedbackSt
         return {one.id for one in await asyncio.gather(*tasks)}
 
     assert len(asyncio.run(both())) == 1
+
+
+def test_however_it_is_addressed_it_is_the_same_target(client: Client, feedback: FeedbackStore) -> None:
+    record = client.ask([user("x")], assistant("y"), key_id="key-a", episode="run")
+    other = client.ask([user("z")], assistant("y"), key_id="key-a")
+    names = [[Target("trace", record.id), Target("response", str(record.response_id))],
+             [Target("episode", record.episode.id), Target("episode", "run")]]  # fmt: skip
+    for number, targets in enumerate(names):
+        for given in (thumbs(), thumbs(0.5, idempotency_key=f"k{number}")):
+            stored = [feedback.add(A, target, given) for target in targets]
+            assert [one.is_new for one in stored] == [True, False]
+            assert len({one.id for one in stored}) == 1
+    for elsewhere in (Target("trace", other.id), Target("episode", "run")):
+        with pytest.raises(FeedbackConflictError):
+            feedback.add(A, elsewhere, thumbs(0.5, idempotency_key="k0"))
+    assert len(feedback.list_for_trace(A, record.id)) == 4
+
+
+def test_a_key_sees_the_feedback_that_it_gave_and_admin_all(client: Client, feedback: FeedbackStore) -> None:
+    record = client.ask([user("x")], assistant("y"), key_id="key-a")
+    target, database = Target("trace", record.id), client.store.database
+    feedback.add(A, target, thumbs(1.0, correction=assistant("mine")))
+    feedback.add(ADMIN, target, thumbs(0.0, label="audit", correction=assistant("secret")))
+    queries = TraceQueries(database)
+    assert [one.feedback.label for one in queries.show(A, record.id).feedback] == [None]
+    assert [one.feedback.label for one in queries.show(ADMIN, record.id).feedback] == [None, "audit"]
+    for viewer, correction, number, mean in ((A, "mine", 1, 1.0), (ADMIN, "secret", 2, 0.5)):
+        [line] = export_lines(database, viewer, TraceFilter(), with_corrections=True)
+        assert correction in line
+        totals = queries.stats(viewer, TraceFilter())
+        assert (totals["num_feedback"], totals["mean_score"]) == (number, mean)
+
+
+def test_what_joins_a_judged_episode_has_feedback_too(client: Client, feedback: FeedbackStore) -> None:
+    def judged() -> set[str]:
+        found = TraceQueries(client.store.database).list(ADMIN, TraceFilter(has_feedback=True)).traces
+        return {one.id for one in found}
+
+    calls = [call("s"), call("s")]
+    ones = [client.ask([user(f"{n}")], assistant(None, calls[n])) for n in (0, 1)]
+    feedback.add(Viewer(), Target("episode", ones[1].episode.id), thumbs())
+    assert judged() == {ones[1].id}
+    results = [{"role": "tool", "tool_call_id": asked["id"], "content": "x"} for asked in calls]
+    later = client.ask([user("1"), assistant(None, calls[1]), results[1]], assistant("later"))
+    assert judged() == {ones[1].id, later.id}
+    merging = client.ask([user("2"), *results], assistant("z"))
+    assert client.episode_of(ones[0]) == client.episode_of(merging)
+    assert judged() == {one.id for one in (*ones, later, merging)}
+    alone = client.ask([user("3")], assistant("z"))
+    assert alone.id not in judged()

@@ -37,9 +37,12 @@ def test_a_trace_knows_its_snapshots_and_their_versions_also_after_it_is_gone(
     assert lineage.sightings(one.id) == seen
     assert lineage.sightings(other.id) == [Sighting("sha256:a", "held_out", ("tools@1", "tools@2"))]
     assert lineage.deleted_from("sha256:a") == []
+    assert lineage.versions_that_saw([other.id]) == ["tools@1", "tools@2"]
 
     TraceDeletion(database).delete(ADMIN, TraceFilter(trace_id=one.id))
     assert lineage.sightings(one.id) == seen
+    assert lineage.versions_that_saw([one.id, other.id, "trace-unknown"]) == ["tools@1", "tools@2", "tools@3"]
+    assert lineage.versions_that_saw([]) == lineage.versions_that_saw(["trace-unknown"]) == []
     assert lineage.deleted_from("sha256:a") == [one.id]
     assert lineage.deleted_from("sha256:a", reasons=("size",)) == []
     with pytest.raises(TraceNotFoundError, match="trace-unknown"):
