@@ -62,7 +62,7 @@ class LogCollector:
         )
         yield from _counters(
             ("traces_committed", "Traces that are in the log.", stats.commits.num_traces),
-            ("traces_failed", "Traces not written, and their request was failed for it.", stats.num_failed),
+            ("traces_failed", "Traces not written in time, and their request was failed for it.", stats.num_failed),
             ("traces_dropped", "Traces lost: the queue was full, or the server stopped. Must be 0.", stats.num_dropped),
         )
         commits = stats.commits

@@ -138,19 +138,21 @@ class Follower(Generic[Handle]):
                 self._report(now, routes, failure, self._clock() - start)
 
     async def _load(self, wanted: AdapterRoutes, now: AdapterRoutes | None) -> tuple[AdapterRoutes, Failure | None]:
-        """The routes that can be served: a canary or hold-back that cannot is left out, a live one changes nothing."""
+        """The routes that can be served: a canary or hold-back that cannot is left out, for a live one the old stays."""
         routes, failure = wanted, None
         for version in wanted.serving():
+            if version is wanted.previous and routes.live is not wanted.live:
+                continue  # held back from a version that does not answer
             if not self._has_started and not self._residency.has_room:
                 break  # more live versions than places: the rest is loaded when asked for
             try:
                 (await self._residency.acquire(version)).release()
             except SternaError as error:
-                failure = self._failed(version, str(error))
+                failure = failure or self._failed(version, str(error))
                 if version is wanted.live:
-                    # Without anything to stay with, requests hear why.
-                    return wanted if now is None else replace(now, versions=wanted.versions), failure
-                if version is wanted.canary:
+                    if now is not None:  # without anything to stay with, requests hear why
+                        routes = _staying(routes, now)
+                elif version is wanted.canary:
                     routes = replace(routes, canary=None, canary_share=0.0)
                 else:
                     routes = replace(routes, hold_back_share=0.0)
@@ -183,3 +185,10 @@ class Follower(Generic[Handle]):
                     roles.setdefault(version.ref, Role.STANDBY)
             roles.update({version.ref: Role.SERVING for version in routes.serving()})
         self._residency.assign_roles(roles)
+
+
+def _staying(wanted: AdapterRoutes, now: AdapterRoutes) -> AdapterRoutes:
+    """Who answers stays as it was; canary and shadow are what they were made since."""
+    is_there = now.previous is None or now.previous.ref.number in wanted.versions
+    share = now.hold_back_share if is_there else 0.0
+    return replace(wanted, live=now.live, previous=now.previous, hold_back_share=share)

@@ -2,7 +2,7 @@
 
 The chunks come from the backend. Those that end a choice, and the usage, are held back until the record is committed;
 so in durable mode an answer that a client has seen whole is in the log, and one that could not be logged has no end.
-What the client left, and what failed after it began, is logged as such. Refused requests are no traces.
+What the client left, and what failed (here or upstream), is logged as such. Refused requests are no traces.
 
 Not here: the wire's bytes (respond.py), faults of the log (server/traces/log.py), shares and states (server/adapters).
 """
@@ -18,10 +18,10 @@ from server.adapters.router import Arm, Route
 from server.adapters.service import Routed
 from server.adapters.version import Version
 from server.backends.base import Backend, Call
-from server.errors import SternaError
 from server.metrics import Metrics
 from server.openai.access import Caller
 from server.openai.assemble import Draft, chat_draft, completion_draft
+from server.openai.errors import wire_error
 from server.openai.notes import Notes
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.chunks import ChatChunk, CompletionChunk
@@ -66,6 +66,8 @@ class Asked:
 
     request: ChatRequest | CompletionRequest
     raw: Mapping[str, Any]
+    num_bytes: int
+    """Of the body."""
     caller: Caller
     notes: Notes
 
@@ -120,9 +122,9 @@ class Answer(Generic[Chunk]):
             except (GeneratorExit, asyncio.CancelledError):
                 self._log_unfinished(routed, call, episode, "cancelled", None)
                 raise
-            except Exception as error:  # whatever it is: what has begun is logged, and somebody above handles it
+            except Exception as error:  # whatever it is: our fault and what has begun are logged; somebody handles it
                 has_begun = self._first_chunk is not None or bool(call.completion_token_ids)
-                if has_begun or not isinstance(error, SternaError):
+                if has_begun or wire_error(error).status >= 500:
                     self._log_unfinished(routed, call, episode, "failed", f"{type(error).__name__}: {error}")
                 raise
             if self._is_logged:
@@ -245,6 +247,7 @@ class Answer(Generic[Chunk]):
             session_id=metadata.get("session_id") if metadata else None,
             metadata=metadata,
             purpose=self._asked.notes.purpose,
+            num_request_bytes=self._asked.num_bytes,
             episode=episode,
         )
 

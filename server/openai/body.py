@@ -28,13 +28,14 @@ async def read_model(request: Request, model: type[Model]) -> Model:
     return (await read_both(request, model))[0]
 
 
-async def read_both(request: Request, model: type[Model]) -> tuple[Model, dict[str, Any]]:
-    """The checked request, and the object as the client wrote it. Raises as `read_model`."""
+async def read_both(request: Request, model: type[Model]) -> tuple[Model, dict[str, Any], int]:
+    """The checked request, the object as the client wrote it, and its bytes. Raises as `read_model`."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json" and not content_type.endswith("+json"):
         raise HttpError(415, f"Send the body as 'Content-Type: application/json', not {content_type[:80]!r}.")
-    data = parse(await _read(request))
-    return validate(data, model), data
+    body = await _read(request)
+    data = parse(body)
+    return validate(data, model), data, len(body)
 
 
 async def _read(request: Request) -> bytes:

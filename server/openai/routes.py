@@ -44,8 +44,8 @@ def _add_generation(router: APIRouter, service: Service) -> None:
 
 async def _asked(service: Service, http: Request, model: type[ChatRequest] | type[CompletionRequest]) -> Asked:
     caller = (await service.access.caller(http)).require("inference")
-    request, raw = await read_both(http, model)
-    return Asked(request, raw, caller, read_notes(http.headers, caller))
+    request, raw, num_bytes = await read_both(http, model)
+    return Asked(request, raw, num_bytes, caller, read_notes(http.headers, caller))
 
 
 def _response(service: Service, asked: Asked, answer: Answer[Any]) -> Response:

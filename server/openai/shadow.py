@@ -52,6 +52,7 @@ async def _run(parts: Parts, job: ShadowJob) -> None:
             "model": name,
             "metadata": {**(job.asked.raw.get("metadata") or {}), SHADOW_OF: job.trace_id},
         },
+        num_bytes=job.asked.num_bytes,
         caller=job.asked.caller,
         notes=Notes(purpose="evaluation"),
     )

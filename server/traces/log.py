@@ -4,10 +4,10 @@
     await log.append(record)     # before the last byte: returns when the record is on disk
     log.submit(record)           # nobody waits (the client left): kept until it can be written
 
-Durable: `append` returns after the commit, or raises and the record counts as not written. Relaxed: it returns at once;
-what finds the queue full is dropped and counted, and nothing fails. Group commit: whatever is queued when the thread
-comes round goes into one transaction. A broken database is tried again with growing pauses until it is back; records
-that nobody waits for are kept meanwhile. Not here: what a record looks like in the database (store.py).
+Durable: `append` returns after the commit, or raises, and the record is kept as that of a failed answer. Relaxed: it
+returns at once; what finds the queue full is dropped and counted, and nothing fails. Group commit: whatever is queued
+when the thread comes round goes into one transaction. A broken database is tried again with growing pauses until it is
+back; records that nobody waits for are kept meanwhile. Not here: what a record looks like in the database (store.py).
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.errors import ServerUnavailableError
 from server.storage.errors import DatabaseUnavailableError
@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 
 MAX_QUEUE = 4096
 """Records of about 10 KB: some 40 MB. At a thousand requests a second, four seconds of a stalled disk."""
+MAX_QUEUE_BYTES = 256 * 2**20
+"""A request may have 16 MB: so much of what was said, and of its token ids, waits at most."""
+TOKEN_BYTES = 36
+"""A number in a list of Python's."""
 PING_SECONDS = 1.0
 """How often an idle log looks whether its database is still there, so that `check` knows before a request does."""
 STALL_SECONDS = 10.0
@@ -41,19 +45,33 @@ FIRST_PAUSE_SECONDS, LAST_PAUSE_SECONDS = 0.1, 5.0
 class _Entry:
     record: TraceRecord
     waiter: "asyncio.Future[None] | None"
+    num_bytes: int
     was_tried: bool = False
+    refusal: str | None = None
+    """What was told whoever waited: the trace is that of a failed answer."""
+
+    def as_written(self) -> TraceRecord:
+        return self.record if self.refusal is None else replace(self.record, status="failed", error=self.refusal)
 
 
 class TraceLog:
     """`start` and `stop` by whoever builds the process; the rest on the event loop."""
 
     def __init__(
-        self, store: TraceStore, episodes: Episodes, *, is_durable: bool = True, max_queue: int = MAX_QUEUE
+        self,
+        store: TraceStore,
+        episodes: Episodes,
+        *,
+        is_durable: bool = True,
+        max_queue: int = MAX_QUEUE,
+        max_queue_bytes: int = MAX_QUEUE_BYTES,
     ) -> None:
         self._store = store
         self._episodes = episodes
         self._is_durable = is_durable
         self._max_queue = max_queue
+        self._max_queue_bytes = max_queue_bytes
+        self._queued_bytes = 0
         self._queue: deque[_Entry] = deque()
         self._changed = threading.Condition()
         self._is_stopping = False
@@ -77,7 +95,7 @@ class TraceLog:
         with self._changed:
             if self._queue:
                 logger.error("%d traces were not written: %s", len(self._queue), self._fault)
-                self._num_dropped += len(self._queue)
+                self._num_dropped += sum(entry.refusal is None for entry in self._queue)
                 self._queue.clear()
 
     def check(self) -> None:
@@ -87,7 +105,7 @@ class TraceLog:
         fault = self._present_fault()
         if fault is not None:
             raise ServerUnavailableError(f"The trace log cannot be written, so nothing is answered: {fault}.")
-        if len(self._queue) >= self._max_queue:
+        if self._is_full():
             raise ServerUnavailableError("The trace log is behind: its queue is full.")
 
     async def append(self, record: TraceRecord) -> None:
@@ -95,18 +113,23 @@ class TraceLog:
         if not self._is_durable:
             self.submit(record)
             return
-        waiter = asyncio.get_running_loop().create_future()
-        if not self._put(_Entry(record, waiter)):
+        entry = _Entry(record, asyncio.get_running_loop().create_future(), _num_bytes(record))
+        if not self._put(entry):
+            self._num_failed += 1
             raise ServerUnavailableError("The trace log cannot take the answer: its queue is full.")
+        assert entry.waiter is not None
         try:
             async with asyncio.timeout(2 * STALL_SECONDS):  # a failure is told by the writer, a silence by nobody
-                await waiter
+                await entry.waiter
         except TimeoutError:
-            raise ServerUnavailableError("The trace log cannot be written: the database does not answer.") from None
+            reason = "The trace log cannot be written: the database does not answer."
+            if self._refuse([entry], reason):  # otherwise it was written at the last moment
+                raise ServerUnavailableError(reason) from None
 
     def submit(self, record: TraceRecord) -> None:
         """Never fails and never waits; dropped and counted when the queue is full."""
-        self._put(_Entry(record, None))
+        if not self._put(_Entry(record, None, _num_bytes(record))):
+            self._num_dropped += 1
 
     def stats(self) -> LogStats:
         """For /metrics."""
@@ -121,12 +144,25 @@ class TraceLog:
     def _put(self, entry: _Entry) -> bool:
         self._episodes.remember(entry.record)
         with self._changed:
-            if self._is_stopping or len(self._queue) >= self._max_queue:
-                self._num_dropped += 1
+            if self._is_stopping or self._is_full():
                 return False
             self._queue.append(entry)
+            self._queued_bytes += entry.num_bytes
             self._changed.notify()
             return True
+
+    def _is_full(self) -> bool:
+        return len(self._queue) >= self._max_queue or self._queued_bytes >= self._max_queue_bytes
+
+    def _refuse(self, entries: Sequence[_Entry], reason: str) -> list[_Entry]:
+        """Those still in the queue become traces of failed answers, and those who waited for them are to be told."""
+        with self._changed:
+            queued = set(map(id, self._queue))
+            refused = [entry for entry in entries if id(entry) in queued and entry.refusal is None]
+            for entry in refused:
+                entry.refusal = reason
+            self._num_failed += len(refused)
+        return refused
 
     def _present_fault(self) -> str | None:
         since = self._busy_since
@@ -160,7 +196,7 @@ class TraceLog:
             return list(self._queue), self._is_stopping
 
     def _is_awaited(self) -> bool:
-        return self._is_stopping or any(entry.waiter is not None for entry in self._queue)
+        return self._is_stopping or any(_is_awaited(entry) for entry in self._queue)
 
     def _serve(self, batch: list[_Entry]) -> None:
         """The batch stays in the queue until it is done, so that a full queue counts it."""
@@ -171,18 +207,17 @@ class TraceLog:
                 self._store.ping()
             else:
                 self._store.probe()
+            self._done(batch)
         except DatabaseUnavailableError as error:
             self._broke(batch, str(error))
         else:
-            self._take(batch)
-            _settle(batch, None)
             self._mended()
 
     def _commit(self, batch: list[_Entry]) -> None:
         start = time.perf_counter()
         try:
             written = self._store.write(
-                [entry.record for entry in batch], is_retry=any(entry.was_tried for entry in batch)
+                [entry.as_written() for entry in batch], is_retry=any(entry.was_tried for entry in batch)
             )
         except DatabaseUnavailableError:
             raise
@@ -196,7 +231,7 @@ class TraceLog:
         for entry in batch:
             start = time.perf_counter()
             try:
-                self._store.write([entry.record], is_retry=True)
+                self._store.write([entry.as_written()], is_retry=True)
             except DatabaseUnavailableError:
                 raise
             except Exception as error:
@@ -207,8 +242,18 @@ class TraceLog:
                 _settle([entry], ServerUnavailableError(reason))
             else:
                 self._commits.add(time.perf_counter() - start, 1)
-                self._take([entry])
-                _settle([entry], None)
+                self._done([entry])
+
+    def _done(self, entries: Sequence[_Entry]) -> None:
+        """They are written; those that were refused meanwhile (or by a commit that was done all the same) as failed."""
+        with self._changed:
+            refused = [entry for entry in entries if entry.refusal is not None]
+            good = [entry for entry in entries if entry.refusal is None]
+            self._take(good)
+        _settle(good, None)
+        if refused:
+            self._store.mark_failed([entry.record.id for entry in refused])
+            self._take(refused)
 
     def _broke(self, batch: list[_Entry], reason: str) -> None:
         if self._fault is None:
@@ -216,11 +261,10 @@ class TraceLog:
         else:
             self._pause_seconds = min(2 * self._pause_seconds, LAST_PAUSE_SECONDS)
         self._fault = reason
-        awaited = [entry for entry in batch if entry.waiter is not None]
         for entry in batch:
             entry.was_tried = True
-        self._num_failed += self._take(awaited)
-        _settle(awaited, ServerUnavailableError(f"The trace log cannot be written: {reason}."))
+        told = f"The trace log cannot be written: {reason}."
+        _settle(self._refuse([entry for entry in batch if _is_awaited(entry)], told), ServerUnavailableError(told))
 
     def _mended(self) -> None:
         if self._fault is not None:
@@ -232,9 +276,20 @@ class TraceLog:
         """Out of the queue, those that are still in it; returns how many were."""
         gone = set(map(id, done))
         with self._changed:
-            before = len(self._queue)
+            taken = [entry for entry in self._queue if id(entry) in gone]
             self._queue = deque(entry for entry in self._queue if id(entry) not in gone)
-            return before - len(self._queue)
+            self._queued_bytes -= sum(entry.num_bytes for entry in taken)
+            return len(taken)
+
+
+def _is_awaited(entry: _Entry) -> bool:
+    """False: nobody waited, the client left, or it was told that the answer failed."""
+    return entry.waiter is not None and not entry.waiter.done() and entry.refusal is None
+
+
+def _num_bytes(record: TraceRecord) -> int:
+    ids = [record.prompt_token_ids, *(answer.token_ids for answer in record.answers)]
+    return record.num_request_bytes + TOKEN_BYTES * sum(len(one) for one in ids if one is not None)
 
 
 def _settle(entries: Sequence[_Entry], error: ServerUnavailableError | None) -> None:

@@ -21,7 +21,7 @@ class LogStats:
     num_dropped: int
     """Not written because the queue was full or the server stopped; must be 0 in durable mode."""
     num_failed: int
-    """Not written, and whoever waited was told."""
+    """Not written in time, and whoever waited was told; they may be written later, as failed."""
     fault: str | None
     """Why nothing can be written now."""
     commits: CommitStats

@@ -94,4 +94,6 @@ class TraceRecord:
     session_id: str | None = None
     metadata: Mapping[str, str] | None = None
     purpose: Purpose = "user"
+    num_request_bytes: int = 0
+    """Of the body as it came: about what the record takes in memory, besides token ids."""
     episode: EpisodeRef

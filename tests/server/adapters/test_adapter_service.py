@@ -180,6 +180,35 @@ def test_a_failed_live_version_can_be_rolled_back(registry: Registry) -> None:
     asyncio.run(main())
 
 
+def test_while_the_new_live_version_cannot_be_loaded_canary_and_shadow_are_followed(registry: Registry) -> None:
+    three(registry)
+    put_live(registry, V1)
+    v4 = add(registry, "tools", "4")
+
+    async def main() -> None:
+        async with serving(registry, FakeEngine(max_bytes=10**6, broken={V2})) as service:
+
+            def routed() -> tuple[str | None, ...]:
+                route = service.resolve("tools", episode_id="e", request_id="r")
+                return tuple(None if one is None else str(one.ref) for one in (route.version, route.shadow))
+
+            await service.change(partial(registry.start_canary, V3, share=1.0, **WHO))
+            await service.change(partial(put_live, registry, V2))
+            assert routed() == ("tools@3", None)
+            await service.change(partial(registry.set_share, "tools", State.CANARY, 0.0, **WHO))
+            await service.change(partial(registry.start_shadow, v4, **WHO))
+            assert routed() == ("tools@1", "tools@4")
+            await service.change(partial(registry.set_share, "tools", State.CANARY, 1.0, **WHO))
+            assert await answer(service) == "tools@3"
+            await service.change(partial(registry.reject, V3, **WHO))
+            await service.change(partial(registry.mark_deleted, V3, **WHO))
+            assert await answer(service) == "tools@1"
+            await service.change(partial(registry.start_canary, v4, share=1.0, **WHO))
+            assert (routed(), service.stats().failures[0].version) == (("tools@4", None), V2)
+
+    asyncio.run(main())
+
+
 def test_a_canary_that_cannot_be_loaded_takes_no_share(registry: Registry) -> None:
     three(registry)
     put_live(registry, V1)

@@ -189,6 +189,21 @@ async def test_refusals_pass_and_leave_no_trace(tmp_path: Path) -> None:
         assert r.traces() == []
 
 
+@pytest.mark.parametrize("status", [500, 503])
+def test_what_the_upstream_fails_at_is_a_failed_trace(tmp_path: Path, status: int) -> None:
+    @async_test
+    async def check() -> None:
+        failure = {"error": {"message": "out of memory", "type": "server_error"}}
+        async with upstream(as_json(failure, status)) as fake, recording(fake, tmp_path) as r:
+            with pytest.raises(APIStatusError):
+                await r.chat()
+            trace = await r.settled()
+        assert (trace.summary.status, trace.answers) == ("failed", [])
+        assert "out of memory" in trace.details["error"]
+
+    check()
+
+
 @async_test
 async def test_a_failure_in_mid_stream_is_an_error_event_and_a_failed_trace(tmp_path: Path) -> None:
     broken = Reply(sse(*HELLO[:2], done=False).parts, ends="broken")

@@ -240,7 +240,10 @@ async def test_an_answer_that_cannot_be_logged_has_no_end() -> None:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while (await h.post("/v1/chat/completions", body)).status_code == 503:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-            assert [trace.summary.status for trace in logged(h)] == ["ok"]
+            failed, answered = logged(h)
+    assert (failed.summary.status, answered.summary.status) == ("failed", "ok")
+    assert "disk is full" in failed.details["error"]
+    assert failed.answers[0]["message"]["content"] == "Hello!"
     events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
     assert "[DONE]" not in events
     assert all(choice["finish_reason"] is None for event in events[:-1] for choice in json.loads(event)["choices"])

@@ -53,6 +53,11 @@ def ids(database: Database) -> list[str]:
         return list(connection.scalars(select(traces.c.id).order_by(traces.c.seq)))
 
 
+def statuses(database: Database) -> list[str]:
+    with database.read() as connection:
+        return list(connection.scalars(select(traces.c.status).order_by(traces.c.seq)))
+
+
 async def until(condition: Callable[[], bool]) -> None:
     """The writer's thread has nothing to wait for it with but its numbers."""
     while not condition():  # noqa: ASYNC110
@@ -146,6 +151,28 @@ def test_a_full_durable_queue_refuses(database: Database) -> None:
         asyncio.run(use(log))
         store.may_write.set()
     assert len(ids(database)) == 4
+    assert (log.stats().num_failed, log.stats().num_dropped) == (1, 0), "it was told, so nothing was lost"
+
+
+def test_a_queue_is_full_of_bytes_too(database: Database) -> None:
+    store = CountingStore(database)
+    big = [make_record(num_request_bytes=1000), make_record(prompt_token_ids=range(1000))]
+
+    async def use(log: TraceLog) -> None:
+        for record in big:
+            log.check()
+            log.submit(record)
+        with pytest.raises(ServerUnavailableError, match="queue is full"):
+            log.check()
+        log.submit(make_record())
+        assert (log.stats().num_queued, log.stats().num_dropped) == (2, 1)
+        store.may_write.set()
+        await until(lambda: log.stats().num_queued == 0)
+        log.check()
+
+    with running(store, max_queue_bytes=2000) as log:
+        asyncio.run(use(log))
+    assert ids(database) == [record.id for record in big]
 
 
 def test_stop_writes_what_is_queued(store: TraceStore, database: Database) -> None:
@@ -200,7 +227,7 @@ def test_a_request_cancelled_while_it_waits_is_logged_all_the_same(database: Dat
 
 
 async def breaks_and_mends(log: TraceLog, break_it: "Fault") -> None:
-    """Durable: who waits is told, check refuses, what nobody waits for is kept, and all is well afterwards."""
+    """Durable: who waits is told, check refuses, all is kept (what was refused as failed), and all is well afterwards."""
     await log.append(make_record())
     with break_it:
         with pytest.raises(ServerUnavailableError):
@@ -284,7 +311,7 @@ def test_durable_sqlite_breaks_and_mends(sqlite_url: str, tmp_path: Path, kind: 
     path = tmp_path / "test.db"
     with running(TraceStore(database)) as log:
         asyncio.run(breaks_and_mends(log, Locked(path) if kind == "locked" else Gone(path)))
-    assert len(ids(database)) == 3
+    assert statuses(database) == ["ok", "failed", "cancelled", "ok"]
     assert (log.stats().num_failed, log.stats().num_dropped) == (1, 0)
     database.close()
 
@@ -306,7 +333,7 @@ def test_durable_on_a_full_disk(sqlite_url: str) -> None:
 
     with running(TraceStore(database)) as log:
         asyncio.run(use(log))
-    assert len(ids(database)) == 3
+    assert statuses(database) == ["ok", "failed", "ok", "ok"]
     assert log.stats().num_dropped == 0
     database.close()
 
@@ -316,7 +343,7 @@ def test_durable_postgres_breaks_and_mends(postgres_url: str) -> None:
     database = open_database(postgres_url)
     with running(TraceStore(database)) as log:
         asyncio.run(breaks_and_mends(log, Stopped(cluster())))
-    assert len(ids(database)) == 3
+    assert statuses(database) == ["ok", "failed", "cancelled", "ok"]
     database.close()
 
 
@@ -365,12 +392,15 @@ def test_stop_with_a_broken_database_counts_what_is_lost(sqlite_url: str, tmp_pa
         with running(store) as log:
             log.submit(make_record())
             log.submit(make_record())
-        assert log.stats().num_dropped == 2
+            with pytest.raises(ServerUnavailableError):
+                asyncio.run(log.append(make_record()))
+        assert (log.stats().num_dropped, log.stats().num_failed) == (2, 1)
     database.close()
 
 
-def test_a_commit_that_was_done_although_it_failed_is_not_done_twice(database: Database) -> None:
-    """A connection cut during COMMIT: the trace is there, the writer does not know."""
+@pytest.mark.parametrize("is_awaited", [False, True])
+def test_a_commit_that_was_done_although_it_failed_is_not_done_twice(database: Database, is_awaited: bool) -> None:
+    """A connection cut during COMMIT: the trace is there, the writer does not know, and whoever waits is told."""
 
     class CutOnce(TraceStore):
         was_cut = False
@@ -383,15 +413,46 @@ def test_a_commit_that_was_done_although_it_failed_is_not_done_twice(database: D
             return written
 
     async def use(log: TraceLog) -> None:
-        log.submit(make_record())
-        await until_broken(log)
+        if is_awaited:
+            with pytest.raises(ServerUnavailableError):
+                await log.append(make_record())
+        else:
+            log.submit(make_record())
+            await until_broken(log)
         await until_mended(log)
         await log.append(make_record())
 
     with running(CutOnce(database)) as log:
         asyncio.run(use(log))
-    assert len(ids(database)) == 2
-    assert log.stats().num_failed == 0
+    assert statuses(database) == ["failed" if is_awaited else "ok", "ok"]
+    assert log.stats().num_failed == is_awaited
+
+
+def test_a_client_that_left_during_a_failing_commit_is_logged(database: Database) -> None:
+    class FailOnce(CountingStore):
+        def write(self, records: Sequence[TraceRecord], *, is_retry: bool = False) -> list[str]:
+            written = super().write(records, is_retry=is_retry) if self.batches else []
+            if not written:
+                assert self.may_write.wait(PATIENCE_SECONDS)
+                self.batches.append(0)
+                raise DatabaseUnavailableError("locked")
+            return written
+
+    store = FailOnce(database)
+
+    async def use(log: TraceLog) -> None:
+        task = asyncio.create_task(log.append(make_record()))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        store.may_write.set()
+        await until(lambda: log.stats().commits.num_traces == 1)
+
+    with running(store) as log:
+        asyncio.run(use(log))
+    assert statuses(database) == ["ok"]
+    assert (log.stats().num_failed, log.stats().num_dropped) == (0, 0)
 
 
 def test_two_writers_on_one_database(database_url: str) -> None:
@@ -501,4 +562,4 @@ def test_a_database_that_hangs_counts_as_broken(store: TraceStore, monkeypatch: 
             log.check()
 
     asyncio.run(use())
-    assert len(ids(store.database)) == 1
+    assert statuses(store.database) == ["failed"], "its client was told so"
