@@ -51,7 +51,7 @@ class ModelConfig:
 
     @property
     def row_scales(self) -> bool:
-        """Whether ternary matrices take activations with one scale a row, as BitNet is trained, not one per 32."""
+        """Whether activations into a layer's matrices have one scale a row, as BitNet is trained, not one per 32."""
         return self.architecture == "bitnet"
 
     def projection_shape(self, projection: str) -> tuple[int, int]:

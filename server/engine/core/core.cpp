@@ -143,7 +143,7 @@ void Core::run_layer(const Batch& b, int index) {
 
   // With two residual streams, what a sublayer puts out waits in normed_ for the next norm_quantize.
   float* const residual = second_ ? normed_ : x_;
-  norm_quantize(layer.attn_norm, b.rows, 2 * index, layer.projection[kQ]);
+  norm_quantize(layer.attn_norm, b.rows, 2 * index);
   const Target qkv[3] = {{&layer.projection[kQ], kQ, qkv_},
                          {&layer.projection[kK], kK, qkv_ + q_stride_},
                          {&layer.projection[kV], kV, qkv_ + q_stride_ + kv}};
@@ -151,20 +151,19 @@ void Core::run_layer(const Batch& b, int index) {
   rotate_and_store(b, index);
   attend(b, index);
   const int64_t attn_stride = attn_ == attn_padded_ ? attn_stride_ : q_stride_;
-  norm_quantize(attn_, attn_stride, b.rows, layer.attn_sub_norm, layer.projection[kO]);
+  quantize(attn_, attn_stride, b.rows, s.num_heads * s.head_dim, layer.attn_sub_norm);
   const Target o = {&layer.projection[kO], kO, residual};
   project(index, attn_, attn_stride, b.rows, &o, 1, hidden_stride_, !second_);
 
-  norm_quantize(layer.ffn_norm, b.rows, 2 * index + 1, layer.projection[kGate]);
+  norm_quantize(layer.ffn_norm, b.rows, 2 * index + 1);
   const Target gate_up[2] = {{&layer.projection[kGate], kGate, gate_up_},
                              {&layer.projection[kUp], kUp, gate_up_ + ffn_stride_}};
   project(index, normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_, false);
   // Of all int8 activations those into the last layer's gate and up matter most by far: on the default model they
   // alone make 23 % of the logits' noise variance (the other 29 pairs 16 % together). Sixteen bits there cost 2 %.
-  if (index + 1 == s.num_layers) refine(normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_);
+  if (index + 1 == s.num_layers && !s.row_scales) refine(normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_);
   const Kernels& k = model_->kernels();
   const auto gated = s.squared_relu ? k.relu2_mul : k.silu_mul;
-  const PackedMatrix& to_down = layer.projection[kDown];
   for_rows(b.rows, s.ffn * 4, [&](int begin, int end) {
     for (int r = begin; r < end; ++r) {
       const float* gate = gate_up_ + r * 2 * ffn_stride_;
@@ -172,9 +171,9 @@ void Core::run_layer(const Batch& b, int index) {
       gated(gate, gate + ffn_stride_, s.ffn, act);
       if (layer.ffn_sub_norm) k.rms_norm(act, layer.ffn_sub_norm, s.ffn, s.rms_norm_eps, act);
     }
-    if (s.ffn % kBlock == 0) k.quantize_rows(act_, ffn_stride_, begin, end, s.ffn, group_, one_scale(to_down), quantized_);
+    if (s.ffn % kBlock == 0) k.quantize_rows(act_, ffn_stride_, begin, end, s.ffn, group_, s.row_scales, quantized_);
   });
-  const Target down = {&to_down, kDown, residual};
+  const Target down = {&layer.projection[kDown], kDown, residual};
   project(index, act_, ffn_stride_, b.rows, &down, 1, hidden_stride_, !second_);
 }
 

@@ -69,13 +69,12 @@ class Core {
   void prepare(const Batch& batch);
   void group_lora_rows(const Batch& batch);
   void run_layer(const Batch& batch, int index);
-  // normed_ and quantized_ from the residual, as the input of `w` at place `sublayer`. With two streams, the output of
-  // the sublayer before is in normed_ and goes into them first.
-  void norm_quantize(const float* weight, int rows, int sublayer, const PackedMatrix& w);
+  // normed_ and quantized_ from the residual, before `sublayer`. With two streams, the output of the sublayer before is
+  // in normed_ and goes into them first.
+  void norm_quantize(const float* weight, int rows, int sublayer);
   void mix_streams(int place, int row, float* out);
-  // The same from x, which is normalized in place where there is a `norm`.
-  void norm_quantize(float* x, int64_t stride, int rows, const float* norm, const PackedMatrix& w);
-  bool one_scale(const PackedMatrix& w) const;
+  // quantized_ from x, which is normalized in place where there is a `norm`.
+  void quantize(float* x, int64_t stride, int rows, int cols, const float* norm);
   // out (+)= W x + LoRA for up to three projections of the same input.
   void project(int layer, const float* x, int64_t x_stride, int rows, const Target* targets, int count,
                int64_t out_stride, bool accumulate);

@@ -16,18 +16,13 @@ constexpr int64_t kRowBlockBytes = 512 << 10;
 
 }  // namespace
 
-// BitNet is trained with its activations rounded to 127 steps a token in front of its ternary matrices, and has the same
-// here. Scales per 32 values are nearer to the network without rounding (by 1.8x, on random ones) and farther from the
-// one that was trained: 0.25 instead of 0.19 of the logits' spread over 24 random layers, 0.034 and 0.024 over two.
-bool Core::one_scale(const PackedMatrix& w) const { return model_->shape().row_scales && w.format == Format::T2; }
-
 void Core::mix_streams(int place, int row, float* out) {
   const int64_t at = row * hidden_stride_;
   model_->kernels().mix_streams(model_->mixes()[static_cast<size_t>(place)], normed_ + at, model_->shape().hidden,
                                 x_ + at, second_ + at, out);
 }
 
-void Core::norm_quantize(const float* weight, int rows, int sublayer, const PackedMatrix& w) {
+void Core::norm_quantize(const float* weight, int rows, int sublayer) {
   const ModelShape& s = model_->shape();
   const Kernels& k = model_->kernels();
   for_rows(rows, s.hidden * (second_ ? 2 + kMixWork : 2), [&](int begin, int end) {
@@ -37,20 +32,20 @@ void Core::norm_quantize(const float* weight, int rows, int sublayer, const Pack
       k.rms_norm(second_ ? to : x_ + r * hidden_stride_, weight, s.hidden, s.rms_norm_eps, to);
     }
     if (s.hidden % kBlock) return;
-    k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, one_scale(w), quantized_);
+    k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, s.row_scales, quantized_);
   });
 }
 
-void Core::norm_quantize(float* x, int64_t stride, int rows, const float* norm, const PackedMatrix& w) {
-  const int cols = w.cols;
+void Core::quantize(float* x, int64_t stride, int rows, int cols, const float* norm) {
+  const ModelShape& s = model_->shape();
   const bool is_quantized = cols % kBlock == 0;  // only float weights have other rows; they read x itself
   if (!norm && !is_quantized) return;
   const Kernels& k = model_->kernels();
   for_rows(rows, norm ? cols * 2 : cols, [&](int begin, int end) {
     for (int r = begin; norm && r < end; ++r) {
-      k.rms_norm(x + r * stride, norm, cols, model_->shape().rms_norm_eps, x + r * stride);
+      k.rms_norm(x + r * stride, norm, cols, s.rms_norm_eps, x + r * stride);
     }
-    if (is_quantized) k.quantize_rows(x, stride, begin, end, cols, group_, one_scale(w), quantized_);
+    if (is_quantized) k.quantize_rows(x, stride, begin, end, cols, group_, s.row_scales, quantized_);
   });
 }
 
@@ -63,7 +58,7 @@ void Core::project(int layer, const float* x, int64_t x_stride, int rows, const 
 void Core::refine(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride) {
   const int cols = targets[0].w->cols;
   for (int t = 0; t < count; ++t)
-    if (is_float(targets[t].w->format) || one_scale(*targets[t].w)) return;  // they read x itself, or want eight bits
+    if (is_float(targets[t].w->format)) return;  // float weights read x itself
   const Kernels& k = model_->kernels();
   for_rows(rows, cols * 2, [&](int begin, int end) {
     k.rounding_error(x, x_stride, begin, end, cols, group_, quantized_, error_);

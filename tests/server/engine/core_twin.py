@@ -123,7 +123,7 @@ class Twin:
         positions = np.arange(len(ids))
 
         def linear(name: str, layer: int, h: np.ndarray) -> np.ndarray:
-            if s.row_scales and self.kind == GGMLType.TQ2_0:
+            if s.row_scales and self.kind != GGMLType.F32:
                 step = np.abs(h).max(-1, keepdims=True) / 127
                 h = np.round(h / step) * step
             y = h @ w[name, layer].T
