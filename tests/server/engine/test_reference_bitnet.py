@@ -1,7 +1,7 @@
 """A packed BitNet checkpoint as transformers computes it, activations rounded per token, against the core.
 
-transformers' `AutoBitLinear` computes in float32 with weights of -1, 0, 1 and one scale a matrix; the core computes with
-TQ2_0 blocks and int8. The same weights in a GGUF file must give the core's very bits. Not covered: BitNet in floats
+transformers' `AutoBitLinear` computes in float32 with weights of -1, 0, 1 and one scale a matrix; the core computes
+with TQ2_0 blocks and int8. The same weights in a GGUF file must give the core's very bits. Not covered: BitNet in floats
 (test_reference_transformers.py), other ways of packing (tests/quant).
 """
 
@@ -49,10 +49,9 @@ def write_packed(path: Path) -> Path:
 
 def transformers_logits(directory: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     torch = pytest.importorskip("torch", reason="test extra")
-    import torch._dynamo
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)  # it unpacks in compiled code, a minute of compiling
+    monkeypatch.setattr("torch._dynamo.config.disable", True)  # it unpacks in compiled code, a minute of compiling
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
