@@ -58,10 +58,11 @@ def run_curriculum(lessons: Lessons, folder: Path, tools: Tools, stages: Sequenc
     facts: list[dict[str, Any]] = []
     for number, stage in enumerate(stages):
         phase = _phase(stage, lessons, folder, total)
-        if number and not _may_enter(stage, phase, tools):
-            before = stages[number - 1]
-            again = replace(_phase(before, lessons, folder, total), name=f"{before.name} again")
-            facts.append(_run(replace(again, folder=folder / f"{before.name}-again"), before, tools))
+        before = stages[number - 1]
+        again = folder / f"{before.name}-again"
+        if number and (_any(tools, again.exists()) or not _may_enter(stage, phase, tools)):
+            once_more = replace(_phase(before, lessons, folder, total), name=f"{before.name} again", folder=again)
+            facts.append(_run(once_more, before, tools))
         facts.append(_run(phase, stage, tools))
     return {
         "stages": facts,
@@ -93,7 +94,7 @@ def _up_to(limit: float, examples: Sequence[Example], difficulty: Sequence[float
 def _may_enter(stage: Stage, phase: Phase, tools: Tools) -> bool:
     """By the parameters that the stage before has left; a stage that has begun was entered."""
     held_out = packed_held_out(phase.held_out, tools.settings)
-    if phase.folder.exists() or not held_out:
+    if not held_out or _any(tools, phase.folder.exists()):
         return True
     held = Trainer(tools.model).measure(held_out)
     return held.accuracy >= stage.min_entry_accuracy
@@ -120,20 +121,20 @@ def _run(phase: Phase, stage: Stage, tools: Tools) -> dict[str, Any]:
             done = run_phase(trying, tools)
         except DivergedError as error:
             state["diverged"].append(str(error))
-            _keep(kept, state)
+            _keep(kept, state, tools)
             if attempt == MAX_ATTEMPTS:
                 raise
             continue
         state["facts"] = _facts(phase, stage, done, state["diverged"])
         _save(phase.folder / _FINAL, tools)
-        _keep(kept, state)
+        _keep(kept, state, tools)
         return dict(state["facts"])
 
 
 def _begin_attempt(folder: Path, attempt: int, tools: Tools) -> None:
     """The parameters that an attempt begins with: kept, so that a resumed run knows them too."""
     begin = folder / f"begin-{attempt}.safetensors"
-    if not begin.exists():
+    if not _any(tools, begin.exists()):
         best = sorted((folder / f"attempt-{attempt - 1}").glob("best-*/parameters.safetensors"))
         if best:
             take_parameters(tools.model.parameters(), load_file(best[-1]))
@@ -166,7 +167,14 @@ def _save(target: Path, tools: Tools) -> None:
     tools.ranks.sum_number(0.0)  # the others wait until it is there
 
 
-def _keep(target: Path, state: dict[str, Any]) -> None:
+def _any(tools: Tools, flag: bool) -> bool:
+    """Whether it is so for any rank; all go on together."""
+    return tools.ranks.sum_number(float(flag)) > 0
+
+
+def _keep(target: Path, state: dict[str, Any], tools: Tools) -> None:
+    if tools.ranks.rank:
+        return
     beside = target.with_name(f".{target.name}")
     beside.write_text(json.dumps(state, indent=2) + "\n")
     beside.rename(target)

@@ -15,19 +15,19 @@ from torch import Tensor
 
 from finetune.errors import TrainingError
 from finetune.qat.quantizers import BLOCK, ternary_parts
-from finetune.qat.shape import ROW, STREAM_SHAPE, STREAMS, Shape, is_ternary
+from finetune.qat.shape import ROW, STREAM_SHAPE, Shape, is_ternary
 from finetune.qat.weights import Weights, check_finite
 from quant.formats import GGMLType
 from quant.gguf_metadata import config_metadata
 from quant.gguf_writer import TensorSource, write_gguf
 from quant.quantize import quantize
 from quant.rope_order import file_rows
+from quant.tensor_rules import STREAMS
 from quant.ternary import pack_tq1_0, pack_tq2_0
 
 ACTIVATIONS_KEY = "sterna.activations"
 """Metadata: the granularity of the activations' int8 scales that the model was trained with."""
 ACTIVATIONS = f"int8 per {BLOCK}"
-STREAMS_KEY = f"sterna.{STREAMS}"
 RULE_KEY, GROUP_KEY = "sterna.ternary.rule", "sterna.ternary.group"
 TERNARY_TYPES = (GGMLType.TQ2_0, GGMLType.TQ1_0)
 
@@ -48,10 +48,7 @@ def export_gguf(
 
     Raises TrainingError for weights that are not finite or a type that cannot hold them, ModelFileError for the file.
     """
-    kind = matrix_type or shape.matrix_type
-    if kind is not shape.matrix_type and not {kind, shape.matrix_type} <= set(TERNARY_TYPES):
-        whose = f"groups of {shape.ternary.group}" if shape.ternary.group else "one scale a tensor"
-        raise TrainingError(f"{kind.name} is not what holds {whose}: that is {shape.matrix_type.name}")
+    kind = check_matrix_type(shape, matrix_type)
     check_finite(parameters, f"{path.name} cannot be exported")
     weights = Weights(shape, parameters, torch.float32)
     sources = []
@@ -61,12 +58,18 @@ def export_gguf(
     write_gguf(path, _metadata(shape, kind) | dict(tokenizer) | dict(metadata or {}), sources, overwrite=overwrite)
 
 
+def check_matrix_type(shape: Shape, wanted: GGMLType | None) -> GGMLType:
+    """The type of the ternary matrices. Raises TrainingError for one that cannot hold them."""
+    kind = wanted or shape.matrix_type
+    if kind is not shape.matrix_type and not {kind, shape.matrix_type} <= set(TERNARY_TYPES):
+        whose = f"groups of {shape.ternary.group}" if shape.ternary.group else "one scale a tensor"
+        raise TrainingError(f"{kind.name} is not what holds {whose}: that is {shape.matrix_type.name}")
+    return kind
+
+
 def _metadata(shape: Shape, kind: GGMLType) -> dict[str, Any]:
     found = config_metadata(shape.config(), kind)
-    found |= {ACTIVATIONS_KEY: ACTIVATIONS, RULE_KEY: shape.ternary.rule, GROUP_KEY: shape.ternary.group or 0}
-    if shape.residual_streams == 2:
-        found[STREAMS_KEY] = 2
-    return found
+    return found | {ACTIVATIONS_KEY: ACTIVATIONS, RULE_KEY: shape.ternary.rule, GROUP_KEY: shape.ternary.group or 0}
 
 
 def _source(name: str, shape: Shape, weights: Weights, kind: GGMLType) -> TensorSource:

@@ -32,8 +32,10 @@ class MemoryPlan:
     """Kept from the forward to the backward pass by all layers."""
     passing: int
     """The most that comes and goes besides."""
+    heap: int
+    """Holes that the passing tensors leave and the next ones do not fit into, and what a first step brings."""
     process: int
-    """Python, torch, the libraries and the data, as given, and the pages that a first step brings."""
+    """Python, torch, the libraries and the data, as given."""
 
     @property
     def total(self) -> int:
@@ -58,13 +60,15 @@ def plan_memory(
     stepping = 4 * largest * wide
     # Gradients of the embedding come twice (its rows', the head's) before they are added up.
     gradients = (total + vocabulary) * wide
+    passing = max(head, stepping, _passing_bytes(shape, dtype, num_tokens))
     return MemoryPlan(
         weights=total * wide + values,
         gradients=gradients,
         optimizer=slots,
         activations=shape.num_layers * _kept_bytes(shape, dtype) * num_tokens,
-        passing=max(head, stepping, _passing_bytes(shape, dtype, num_tokens)),
-        process=process_bytes + FIRST_STEP_BYTES,
+        passing=passing,
+        heap=passing + FIRST_STEP_BYTES,
+        process=process_bytes,
     )
 
 

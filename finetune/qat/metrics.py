@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.qat.trainer import Held
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
@@ -71,10 +69,3 @@ class Metrics:
             line = Line(**json.loads(text))
             found[line.stage, line.step] = line
         return list(found.values())
-
-    def held(self, stage: str | None, step: int) -> Held | None:
-        """The last measure of a stage up to `step`."""
-        for line in reversed(self.lines()):
-            if line.stage == stage and line.step <= step and line.held_out_loss is not None:
-                return Held(line.held_out_loss, 0.0, line.held_out_accuracy or 0.0)
-        return None

@@ -84,8 +84,7 @@ def run_phase(phase: Phase, tools: Tools) -> Done:
         is_complete=log.is_complete,
     )
     tools.model.weights.share = 1.0
-    best = result.progress.best_step
-    return Done(result, steps.num_steps, tools.metrics.held(phase.name, best) if best else None)
+    return Done(result, steps.num_steps, log.measures.get(result.progress.best_step or 0))
 
 
 def phase_steps(phase: Phase, settings: QatSettings) -> Steps:
@@ -131,32 +130,29 @@ def _share(settings: QatSettings, step: int, num_steps: int) -> float:
 
 
 class _Log:
-    """Counts since the last line, and the last held-out measure."""
+    """Counts since the last line, and the held-out measures by step: of a resumed phase what its log says."""
 
     def __init__(self, phase: Phase, tools: Tools, trainer: Trainer, num_steps: int) -> None:
         self._phase, self._tools, self._trainer, self._num_steps = phase, tools, trainer, num_steps
+        self.measures = {
+            one.step: Held(one.held_out_loss, 0.0, one.held_out_accuracy or 0.0)
+            for one in tools.metrics.lines()
+            if one.stage == phase.name and one.held_out_loss is not None
+        }
         self._held: Held | None = None
-        self._is_complete: bool | None = None
         self._tokens, self._seconds = 0, 0.0
 
     def measure(self, held_out: Sequence[Packed]) -> float:
         self._held = self._trainer.measure(held_out)
-        known = [one.held_out_loss for one in self._lines() if one.held_out_loss is not None]
-        if known and self._held.loss > self._phase.max_rise * max(min(known), 1.0):
-            raise DivergedError(f"the held-out loss is {self._held.loss:.4g}, it was {min(known):.4g}")
-        self._is_complete = self._phase.is_complete(self._held)
+        best = min((held.loss for held in self.measures.values()), default=math.inf)
+        if self._held.loss > self._phase.max_rise * max(best, 1.0):
+            raise DivergedError(f"the held-out loss is {self._held.loss:.4g}, it was {best:.4g}")
         return self._held.loss
 
-    def is_complete(self) -> bool:
-        """Of a resumed phase: by what the log says."""
-        if self._is_complete is None:
-            lines = self._lines()
-            held = self._tools.metrics.held(self._phase.name, lines[-1].step) if lines else None
-            self._is_complete = held is not None and self._phase.is_complete(held)
-        return self._is_complete
-
-    def _lines(self) -> list[Line]:
-        return [one for one in self._tools.metrics.lines() if one.stage == self._phase.name]
+    def is_complete(self, step: int) -> bool:
+        """After `step` steps: by the last measure until then."""
+        measured = [at for at in self.measures if at <= step]
+        return bool(measured) and self._phase.is_complete(self.measures[max(measured)])
 
     def step(self, log: StepLog) -> None:
         self._tokens += log.num_tokens
@@ -177,6 +173,7 @@ class _Log:
             stage=self._phase.name,
         )
         if held is not None:
+            self.measures[log.step] = held
             line = replace(line, held_out_loss=held.loss, held_out_accuracy=held.accuracy)
         self._tokens, self._seconds = 0, 0.0
         if self._tools.ranks.rank == 0:

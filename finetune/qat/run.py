@@ -8,6 +8,7 @@ Whatever is there already is gone on from: a second call of a finished run only 
 command line (server/commands/train.py), the loop (finetune/train), one stretch of training (phase.py).
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +24,7 @@ from finetune.model.allocator import keep_freed_memory
 from finetune.qat.config import QatSettings
 from finetune.qat.curriculum import run_curriculum
 from finetune.qat.data import Lessons, Source, read_lessons
-from finetune.qat.export import export_gguf
+from finetune.qat.export import check_matrix_type, export_gguf
 from finetune.qat.memory import MemoryPlan, peak_bytes, plan_memory
 from finetune.qat.metrics import Metrics
 from finetune.qat.model import QatModel
@@ -77,6 +78,7 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
     with joined() as ranks:
         console.status("reading the dialogues")
         begin = _begin(source, out, settings)
+        kind = check_matrix_type(begin.shape, GGMLType[settings.type.upper()] if settings.type else None)
         limit = min(begin.shape.context_length, settings.micro_batch_tokens)
         lessons = read_lessons(source, begin.renderer, out, limit)
         model = QatModel(begin.shape, dtype=_dtype(settings), device=settings.device, seed=settings.seed)
@@ -88,7 +90,7 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
         tools = _tools(model, out, settings, begin, lessons, ranks, console)
         facts = _train(lessons, out, tools)
         if ranks.rank == 0:
-            facts |= _finish(model, begin, out, settings, tools)
+            facts |= _finish(model, begin, out, kind, tools)
         return facts | {"memory": {**asdict(plan), "total": plan.total, "peak": peak_bytes()}}
 
 
@@ -150,8 +152,7 @@ def _train(lessons: Lessons, out: Path, tools: Tools) -> dict[str, Any]:
     }
 
 
-def _finish(model: QatModel, begin: _Begin, out: Path, settings: QatSettings, tools: Tools) -> dict[str, Any]:
-    kind = None if settings.type is None else GGMLType[settings.type.upper()]
+def _finish(model: QatModel, begin: _Begin, out: Path, kind: GGMLType, tools: Tools) -> dict[str, Any]:
     parameters = {name: tensor.detach().cpu() for name, tensor in model.parameters().items()}
     target = out / MODEL
     export_gguf(target, begin.shape, parameters, begin.metadata, matrix_type=kind, overwrite=True)
@@ -170,6 +171,7 @@ def _finish(model: QatModel, begin: _Begin, out: Path, settings: QatSettings, to
 
 def _plan(model: QatModel, lessons: Lessons, settings: QatSettings) -> MemoryPlan:
     most = max(settings.micro_batch_tokens, *(len(one.token_ids) for one in lessons.examples))
+    torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # imports torch._dynamo: 70 MB
     # What is there by now holds the shadows, which the plan counts itself.
     process = max(peak_bytes() - 4 * model.shape.num_parameters, 0)
     return plan_memory(model.shape, model.dtype, most, is_muon=settings.optimizer == "muon", process_bytes=process)
@@ -194,7 +196,7 @@ def _dtype(settings: QatSettings) -> torch.dtype:
 @contextmanager
 def whole(target: Path) -> Iterator[Path]:
     """A path beside, which becomes the target when all is well."""
-    beside = target.with_name(f".{target.name}.new")
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         yield beside
         beside.replace(target)

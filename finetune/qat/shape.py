@@ -12,11 +12,9 @@ from finetune.errors import TrainingError
 from finetune.qat.quantizers import Ternary
 from quant.formats import GGMLType
 from quant.model_types import ModelConfig
-from quant.tensor_rules import EMBEDDING, HEAD, expected_tensors
+from quant.tensor_rules import EMBEDDING, HEAD, STREAMS, expected_tensors
 
 ROW = 256
-STREAMS = "residual_streams"
-"""`blk.N.residual_streams`: (2, 5); rows attention, ffn; columns alpha, pre0, pre1, post0, post1."""
 STREAM_SHAPE = (2, 5)
 
 EmbeddingType = Literal["q8_0", "q4_0"]
@@ -100,15 +98,14 @@ class Shape:
             qkv_bias=False,
             qk_norm=False,
             tie_embeddings=self.tie_embeddings,
+            residual_streams=self.residual_streams,
         )
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         """In the order of the forward pass; the streams' scalars as a vector, so that no optimizer takes them for a
         matrix."""
-        shapes = {name: shape for name, shape in expected_tensors(self.config()) if not name.endswith(STREAMS)}
-        if self.residual_streams == 2:
-            shapes |= {stream_name(layer): (STREAM_SHAPE[0] * STREAM_SHAPE[1],) for layer in range(self.num_layers)}
-        return shapes
+        flat = (STREAM_SHAPE[0] * STREAM_SHAPE[1],)
+        return {name: flat if name.endswith(STREAMS) else shape for name, shape in expected_tensors(self.config())}
 
     @property
     def num_parameters(self) -> int:

@@ -50,6 +50,7 @@ def base_shape(file: ModelFile, settings: QatSettings) -> Shape:
         f"architecture {config.architecture}": config.architecture != "llama",
         "biases of Q, K and V": config.qkv_bias,
         "norms of Q and K": config.qk_norm,
+        "two residual streams": config.residual_streams != 1,
         "rotary factors": config.rope_freq_factors is not None,
         "heads that are rotated in part": config.rope_dim != config.head_dim,
     }

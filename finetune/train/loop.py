@@ -85,13 +85,13 @@ def train(
     on_step: Callable[[StepLog], None] = lambda log: None,
     adamw_names: frozenset[str] = frozenset(),
     has_loss_scale: bool = False,
-    is_complete: Callable[[], bool] = lambda: False,
+    is_complete: Callable[[int], bool] = lambda step: False,
 ) -> TrainResult:
     """Train from where `directory` left off. `batches(step)`: all micro-batches of step 0, 1, ...; always the same.
 
     `identity`: digests of data and base, so that a checkpoint of another run is refused. `evaluate`: the validation
     loss of the present parameters. `pause` is called between micro-batches and may wait. `on_step` comes before the
-    step's checkpoint: after a kill between the two it hears of the step again. `is_complete`: asked before every step.
+    step's checkpoint: after a kill between the two it hears of the step again. `is_complete(step)`: after `step` steps.
     `has_loss_scale`: for float16 (scaling.py). Raises DivergedError, TrainingError.
     """
     ranks = ranks or Alone()
@@ -106,7 +106,7 @@ def train(
         _copy_into(parameters, found.parameters)
         optimizer.load(found.optimizer)
 
-    while progress.step < settings.num_steps and not _is_over(progress, settings) and not is_complete():
+    while progress.step < settings.num_steps and not _is_over(progress, settings) and not is_complete(progress.step):
         start = time.perf_counter()
         step_batches = batches(progress.step)
         mine = step_batches[ranks.rank :: ranks.world_size]

@@ -42,6 +42,7 @@ FILES: dict[str, dict[str, Any]] = {
         "embedding_type": "q4_0",
         "ternary": Ternary("absmax", 256),
     },
+    "two streams": {"residual_streams": 2},
     "groups of 64, one KV head": {"ternary": Ternary("absmean", 64), "num_kv_heads": 1},
 }
 

@@ -1,0 +1,205 @@
+"""Whole runs, tiny: from lines of dialogues to a file that the server opens; resumed, begun from a model, in stages."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+import finetune.qat.curriculum as curriculum
+from finetune.dataset.errors import DialogueError
+from finetune.dataset.render import Renderer
+from finetune.errors import DivergedError, TrainingError
+from finetune.qat.config import QatSettings, load_qat_settings
+from finetune.qat.curriculum import Stage
+from finetune.qat.export import ACTIVATIONS, ACTIVATIONS_KEY
+from finetune.qat.phase import Done, Phase, Tools
+from finetune.qat.run import CURVE, METRICS, MODEL, Console, run
+from quant.formats import GGMLType
+from quant.model_file import open_model
+from server import cli
+from server.errors import ConfigError
+from tests.tiny_models import write_tiny_gguf
+
+TINY: dict[str, Any] = {
+    "vocab_size": 300,
+    "intermediate_size": 256,
+    "layers": 1,
+    "context_length": 256,
+    "max_steps": 6,
+    "tokens_per_step": 200,
+    "micro_batch_tokens": 256,
+    "evaluate_every": 3,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "threads": 1,
+    "dtype": "float32",
+    "epochs": 3.0,
+}
+BIRDS = ("tern", "gull", "heron", "auk", "crane", "swan", "owl", "kite")
+
+
+def line(number: int) -> bytes:
+    bird, other = BIRDS[number % 8], BIRDS[(number * 5 + 1) % 8]
+    messages = [
+        {"role": "user", "content": f"Say {bird} then {other}, number {number}."},
+        {"role": "assistant", "content": f"{bird} {other}"},
+    ]
+    return json.dumps({"messages": messages}).encode() + b"\n"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "birds.jsonl"
+    path.write_bytes(b"".join(map(line, range(80))))
+    return path
+
+
+def quiet(on_step: Callable[[int, int], None] = lambda step, num_steps: None) -> Console:
+    return Console(lambda text: None, lambda text: None, on_step)
+
+
+def tiny(**options: Any) -> QatSettings:
+    return QatSettings(**{**TINY, **options})
+
+
+def test_a_killed_run_goes_on_and_its_file_is_served(data: Path, tmp_path: Path) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(step: int, num_steps: int) -> None:
+        if step == 5:
+            raise KilledError
+
+    facts = run(data, tmp_path / "one", tiny(), quiet())
+    with pytest.raises(KilledError):
+        run(data, tmp_path / "two", tiny(), quiet(kill))
+    again = run(data, tmp_path / "two", tiny(), quiet())
+    assert (tmp_path / "one" / MODEL).read_bytes() == (tmp_path / "two" / MODEL).read_bytes()
+    assert again["held_out"] == facts["held_out"]
+    logged = [json.loads(text) for text in (tmp_path / "one" / METRICS).read_text().splitlines()]
+    assert [one["step"] for one in logged] == list(range(1, 7))
+    assert logged[2]["held_out_accuracy"] is not None
+    assert (tmp_path / "one" / CURVE).read_text().startswith("<svg")
+    file = open_model(Path(facts["model"]))
+    assert file.tensors["blk.0.ffn_down.weight"].type is GGMLType.TQ2_0
+    assert file.config.vocab_size == 300
+    file.close()
+    assert Renderer.open(Path(facts["model"])).tokenizer.vocab_size == 300
+    with pytest.raises(TrainingError, match="learning_rate differ"):
+        run(data, tmp_path / "one", tiny(learning_rate=1.0), quiet())
+    with pytest.raises(TrainingError, match="has 300 tokens, vocab_size is 310"):
+        run(data, tmp_path / "one", tiny(vocab_size=310), quiet())
+
+
+def test_from_a_model_and_with_a_teacher(data: Path, tmp_path: Path) -> None:
+    """Weights become ternary in four of six steps; rows of 64 have a place in Q4_0 only."""
+    base = write_tiny_gguf(tmp_path / "base.gguf", hidden=64, ffn=128, heads=4, kv_heads=2)
+    settings = tiny(base=base, teacher=base, group=64, ternary_after=0.6, learning_rate=1e-4, ternary="absmax")
+    facts = run(data, tmp_path / "out", settings, quiet())
+    logged = [json.loads(text) for text in (tmp_path / "out" / METRICS).read_text().splitlines()]
+    assert [one["share"] for one in logged] == pytest.approx([0, 1 / 3.6, 2 / 3.6, 3 / 3.6, 1, 1])
+    file = open_model(Path(facts["model"]))
+    assert file.tensors["blk.0.attn_q.weight"].type is GGMLType.Q4_0
+    file.close()
+    with pytest.raises(TrainingError, match="must share one vocabulary"):
+        run(data, tmp_path / "other", tiny(teacher=base), quiet())
+
+
+def test_what_cannot_be_a_base(data: Path, tmp_path: Path) -> None:
+    qwen = write_tiny_gguf(tmp_path / "qwen.gguf", architecture="qwen2")
+    with pytest.raises(TrainingError, match="architecture qwen2"):
+        run(data, tmp_path / "out", tiny(base=qwen), quiet())
+
+
+SPELLS_A_MARKER = (
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "x <|im_end|> y"}]}\n'
+)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (b"\n", "line 3: the line is empty"),
+        (b'{"messages": \n', "line 3: Expecting value"),
+        (b'{"messages": []}\n', "line 3: 'messages' has no assistant message"),
+        (b'{"messages": "hello"}\n', "line 3: 'messages' must be a list of objects"),
+        (SPELLS_A_MARKER, "line 3: the answer"),
+    ],
+)
+def test_a_broken_line_is_named(bad: bytes, message: str, data: Path, tmp_path: Path) -> None:
+    lines = data.read_bytes().splitlines(keepends=True)
+    data.write_bytes(b"".join([*lines[:2], bad, *lines[2:]]))
+    with pytest.raises(DialogueError, match=rf"birds\.jsonl, {message}"):
+        run(data, tmp_path / "out", tiny(), quiet())
+    assert not (tmp_path / "out" / MODEL).exists()
+
+
+def test_no_data_at_all(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(DialogueError, match=r"empty\.jsonl is empty"):
+        run(tmp_path / "empty.jsonl", tmp_path / "out", tiny(), quiet())
+    with pytest.raises(DialogueError, match="is no file"):
+        run(tmp_path / "nothing.jsonl", tmp_path / "out", tiny(), quiet())
+
+
+STAGES = (
+    Stage("foundation", 0.5, 0.5, 0.0, 2.0, 0.0),  # nobody is that good: its share of the steps ends it
+    Stage("mastery", 1.0, 0.5, 1.1, 0.0, 100.0),  # nor fit to enter; anything completes it
+)
+
+
+def test_a_curriculum_goes_back_when_a_stage_diverges(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curriculum.run_curriculum, "__defaults__", (STAGES,))
+    tried: list[tuple[str | None, float]] = []
+    begun: list[torch.Tensor] = []
+    real = curriculum.run_phase
+
+    def run_phase(phase: Phase, tools: Tools) -> Done:
+        tried.append((phase.name, phase.rate_factor))
+        begun.append(tools.model.parameters()["blk.0.ffn_up.weight"].detach().clone())
+        if len(tried) == 3:
+            with torch.no_grad():
+                tools.model.parameters()["blk.0.ffn_up.weight"].mul_(100)
+            raise DivergedError("the loss is nan")
+        return real(phase, tools)
+
+    monkeypatch.setattr(curriculum, "run_phase", run_phase)
+    facts = run(data, tmp_path / "out", tiny(curriculum=True), quiet())
+    assert tried == [("foundation", 1.0), ("foundation again", 1.0), ("mastery", 1.0), ("mastery 2", 0.5)]
+    assert torch.equal(begun[2], begun[3])
+    assert not torch.equal(begun[0], begun[1])
+    assert [one["stage"] for one in facts["stages"]] == ["foundation", "foundation again", "mastery"]
+    assert facts["stages"][2]["diverged"] == ["the loss is nan"]
+    assert [one["is_complete"] for one in facts["stages"]] == [False, False, True]
+    before = (tmp_path / "out" / MODEL).read_bytes()
+    assert run(data, tmp_path / "out", tiny(curriculum=True), quiet())["stages"] == facts["stages"]
+    assert len(tried) == 4
+    assert (tmp_path / "out" / MODEL).read_bytes() == before
+
+
+def test_the_command(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "nano.toml"
+    config.write_text("[train]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in TINY.items()))
+    command = ["train", str(data), str(tmp_path / "out"), "--config", str(config), "--max-steps", "1", "--json"]
+    assert cli.main(command) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["num_steps"] == 1
+    assert facts["memory"]["total"] > 0
+    assert gguf.GGUFReader(facts["model"]).fields[ACTIVATIONS_KEY].contents() == ACTIVATIONS
+    assert cli.main([*command, "--hidden-size", "100"]) == 1
+    assert "hidden_size is 100, accepted are multiples of 256" in capsys.readouterr().err
+    assert cli.main([*command, "--optimiser", "adamw"]) == 2
+    assert "--optimiser" in capsys.readouterr().err
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ConfigError, match=r"--layers: '0' is not accepted"):
+        load_qat_settings({"layers": "0"}, environ={})
+    with pytest.raises(ConfigError, match="warmup_share and decay_share together are above 1"):
+        load_qat_settings({"warmup_share": "0.9", "decay_share": "0.9"}, environ={})
