@@ -1,8 +1,8 @@
 """A packed BitNet checkpoint as transformers computes it, activations rounded per token, against the core.
 
 transformers' `AutoBitLinear` computes in float32 with weights of -1, 0, 1 and one scale a matrix; the core computes
-with TQ2_0 blocks and int8. The same weights in a GGUF file must give the core's very bits. Not covered: BitNet in floats
-(test_reference_transformers.py), other ways of packing (tests/quant).
+with TQ2_0 blocks and int8. The same weights in a GGUF file must give the core's very bits. Not covered: BitNet in
+floats (test_reference_transformers.py), other ways of packing (tests/quant).
 """
 
 from pathlib import Path
