@@ -13,8 +13,9 @@ _GATE = ("--gate-max-tokens", "128", "--gate-concurrency", "8", "--canary-share"
 
 TOOLS = Recipe(
     (
-        *("--epochs", "2.5", "--tokens-per-step", "1024", "--learning-rate", "8e-4"),
-        *("--answer-weight", "2", "--general-prompts", "60", *_GATE),
+        *("--epochs", "2.5", "--tokens-per-step", "1024", "--learning-rate", "6e-4"),
+        *("--answer-weight", "2", "--argument-key-weight", "1.5", "--structure-weight", "1.5"),
+        *("--general-prompts", "90", *_GATE),
     )
 )
 """A step is one micro-batch, five to six examples. A call has 45 tokens and a refusal 12: at equal weights not calling

@@ -138,7 +138,7 @@ class Follower(Generic[Handle]):
                 self._report(now, routes, failure, self._clock() - start)
 
     async def _load(self, wanted: AdapterRoutes, now: AdapterRoutes | None) -> tuple[AdapterRoutes, Failure | None]:
-        """The routes that can be served: a canary or hold-back that cannot is left out, for a live one the old stays."""
+        """What can be served: a canary or hold-back that cannot is left out; for a live one the old stays."""
         routes, failure = wanted, None
         for version in wanted.serving():
             if version is wanted.previous and routes.live is not wanted.live:

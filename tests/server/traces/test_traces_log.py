@@ -227,7 +227,7 @@ def test_a_request_cancelled_while_it_waits_is_logged_all_the_same(database: Dat
 
 
 async def breaks_and_mends(log: TraceLog, break_it: "Fault") -> None:
-    """Durable: who waits is told, check refuses, all is kept (what was refused as failed), and all is well afterwards."""
+    """Durable: who waits is told, check refuses, all is kept (what was refused as failed), and then all is well."""
     await log.append(make_record())
     with break_it:
         with pytest.raises(ServerUnavailableError):
