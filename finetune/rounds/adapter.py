@@ -3,8 +3,8 @@
 Micro-batches are computed alone, or two side by side, each with half of the threads: products of 500 rows take no
 longer on one core than those of 1,000 on two, and what comes between them (norms, softmax, what Python does) leaves no
 other core waiting. Beside other work a step of benchmarks/train_step.py's `full` takes a fifth less time; on a quiet
-machine the gain is smaller. Gradients are added in one order, so equal inputs give equal bits at one thread count. Not here: the model (finetune/model), the loop
-(finetune/train), which micro-batches there are (steps.py).
+machine the gain is smaller. Gradients are added in one order, so equal inputs give equal bits at one thread count. Not
+here: the model (finetune/model), the loop (finetune/train), which micro-batches there are (steps.py).
 """
 
 from collections.abc import Callable, Sequence
