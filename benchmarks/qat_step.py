@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.train_step import peak_megabytes, run_worker
+from benchmarks.train_step import run_worker
 from finetune.model.allocator import keep_freed_memory
 from finetune.packed import Packed, Segment
 from finetune.qat.model import QatModel
 from finetune.qat.shape import Shape
 from finetune.train.optimizer import NamedOptimizer
 from finetune.train.settings import TrainSettings
+from server.machine import peak_bytes
 
 VOCAB = 4096
 WARM_UP = 1
@@ -121,7 +122,7 @@ def worker(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     keep_freed_memory()
     seconds = ours(args) if args.worker in OURS else theirs(args)
-    print(json.dumps({"seconds": statistics.median(seconds[WARM_UP:]), "peak_mb": peak_megabytes()}))
+    print(json.dumps({"seconds": statistics.median(seconds[WARM_UP:]), "peak_mb": peak_bytes() >> 20}))
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ from finetune.packed import Example, Packed
 from finetune.rounds.adapter import NUM_SIDES, Adapter, Keyed, side_by_side
 from quant.model_types import ModelConfig
 from server.config import DEFAULT_MODEL, Settings
+from server.machine import peak_bytes
 from server.models.catalog import resolve_model
 
 SPEC = LoraSpec(rank=16, alpha=32.0)
@@ -76,14 +77,8 @@ def ours(task: dict[str, Any], threads: int) -> dict[str, Any]:
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
-    peak = peak_megabytes()
+    peak = peak_bytes() >> 20
     return {"seconds": seconds, "losses": losses, "peak_mb": peak, "gemm_gflops": gemm_rate()}
-
-
-def peak_megabytes() -> int:
-    """Not ru_maxrss: that begins with what the parent process held."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) // 1024
 
 
 def gemm_rate() -> float:

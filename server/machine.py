@@ -5,6 +5,7 @@ on Linux only the number of logical cores and the physical memory are known.
 """
 
 import os
+import resource
 from pathlib import Path
 
 _ROOT = Path("/")
@@ -32,6 +33,15 @@ def available_memory_bytes(root: Path = _ROOT) -> int:
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limits = [_rest_of_limit(folder) for folder in _cgroup_folders(root, "memory")]
     return min([available, *(limit for limit in limits if limit is not None)])
+
+
+def peak_bytes() -> int:
+    """Of this process by now. Not getrusage where Linux says better: that begins with what the parent process held."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _cpu_quota(root: Path) -> float | None:

@@ -13,7 +13,7 @@ from finetune.packed import Packed, Segment
 
 ROWS = 32
 """Of what is computed its number is a multiple. Every new number of rows makes oneDNN compile kernels for each product
-(0.3 MB and 0.8 ms each, kept), and the heap take blocks of new sizes: without, a round's memory grew to 2.7 GB."""
+(0.3 MB and 0.8 ms each, kept), and the heap take blocks of new sizes, so that memory grows from step to step."""
 
 
 @dataclass(frozen=True, eq=False)

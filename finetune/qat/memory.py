@@ -7,9 +7,7 @@ what comes and goes: a layer's gradients, the head's, or the optimizer's scratch
 CUDA's allocator.
 """
 
-import resource
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -70,15 +68,6 @@ def plan_memory(
         heap=passing + FIRST_STEP_BYTES,
         process=process_bytes,
     )
-
-
-def peak_bytes() -> int:
-    """Of this process by now. Not getrusage where Linux says better: that begins with what the parent process held."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _kept_bytes(shape: Shape, dtype: torch.dtype) -> int:

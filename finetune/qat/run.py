@@ -25,7 +25,7 @@ from finetune.qat.config import QatSettings
 from finetune.qat.curriculum import run_curriculum
 from finetune.qat.data import Lessons, Source, read_lessons
 from finetune.qat.export import check_matrix_type, export_gguf
-from finetune.qat.memory import MemoryPlan, peak_bytes, plan_memory
+from finetune.qat.memory import MemoryPlan, plan_memory
 from finetune.qat.metrics import Metrics
 from finetune.qat.model import QatModel
 from finetune.qat.phase import Phase, Tools, run_phase
@@ -42,7 +42,7 @@ from finetune.qat.source import (
 from finetune.train.ranks import Ranks, joined
 from quant.formats import GGMLType
 from quant.model_file import open_model
-from server.machine import physical_cores
+from server.machine import peak_bytes, physical_cores
 
 MODEL, CURVE, METRICS, VOCABULARY = "model.gguf", "curve.svg", "metrics.jsonl", "vocabulary.json"
 

@@ -3,7 +3,6 @@
 Predicted, nothing is loaded. Not here: the prediction (finetune/model/memory.py). Imports torch.
 """
 
-import resource
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from finetune.model.memory import ADAMW_SLOTS, LONGEST, MUON_SLOTS, longest_cont
 from finetune.model.model import ModelOptions
 from finetune.rounds.training import lora_spec
 from quant.model_file import open_model
-from server.machine import available_memory_bytes
+from server.machine import available_memory_bytes, peak_bytes
 
 CONTEXTS = (1024, 4096, 32_768, LONGEST)
 
@@ -35,8 +34,3 @@ def plan_body(model: Path, own: FinetuneSettings, budget_bytes: int | None) -> d
             found = longest_context(file, spec, replace(options, checkpointing=checkpointing), budget, **common)
             longest.append({"checkpointing": checkpointing, "num_tokens": found.num_tokens, "limit": found.limit})
     return {"object": "memory.plan", "model": str(model), "budget_bytes": budget, "plans": rows, "longest": longest}
-
-
-def peak_bytes() -> int:
-    """Of this process: Python, torch and the libraries, by now."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -35,7 +35,8 @@ _MEASURE = """
 import json, sys
 import numpy as np, torch
 from finetune.model.allocator import keep_freed_memory
-from finetune.qat.memory import peak_bytes, plan_memory
+from finetune.qat.memory import plan_memory
+from server.machine import peak_bytes
 from finetune.qat.model import QatModel
 from finetune.qat.shape import Shape
 from finetune.train.optimizer import NamedOptimizer
