@@ -69,7 +69,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: Annotated[str, Field(min_length=1)] = Field(
-        DEFAULT_MODEL, description="a name from `sterna models list`, a .gguf file or a Hugging Face directory"
+        DEFAULT_MODEL,
+        description="a name from `sterna models list`, a .gguf file or its folder, or a Hugging Face directory",
     )
     served_model_name: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="the name that requests use [the model's own name]"

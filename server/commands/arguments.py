@@ -41,6 +41,12 @@ def add_settings(parser: argparse.ArgumentParser, fields: Iterable[str] | None =
     group.add_argument("--config", metavar="FILE", type=Path, help="a settings file [sterna.toml, if there is one]")
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL by its place, in `--model`'s stead."""
+    text = Settings.model_fields["model"].description
+    parser.add_argument("model_in_place", metavar="MODEL", nargs="?", default=argparse.SUPPRESS, help=text)
+
+
 def add_part_settings(
     parser: argparse.ArgumentParser, model: type[BaseModel], part: str, *, flag_prefix: str = ""
 ) -> None:
@@ -82,6 +88,10 @@ def parse_with_settings(
     options, unknown = parser.parse_known_args(arguments)
     problems = [_unknown(parser, text) for text in unknown]
     flags = {name: value for name, value in vars(options).items() if name in Settings.model_fields}
+    if hasattr(options, "model_in_place"):
+        if "model" in flags:
+            problems.append(f"the model is given twice: {options.model_in_place} and --model {flags['model']}")
+        flags["model"] = options.model_in_place
     settings = None
     try:
         settings = load_settings(flags, file=options.config)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 import uvloop
 
-from server.commands.arguments import Parser, add_settings, parse_with_settings
+from server.commands.arguments import Parser, add_model, add_settings, parse_with_settings
 from server.config import Settings, limit_library_threads
 from server.errors import ConfigError
 from server.logs import configure_logging
@@ -34,7 +34,8 @@ CLOSE_SECONDS = 2
 
 
 def main(arguments: Sequence[str]) -> int:
-    parser = Parser("serve", "Serve a model to OpenAI clients.", "sterna serve --port 8000 --max-num-seqs 32")
+    parser = Parser("serve", "Serve a model to OpenAI clients.", "sterna serve models/sterna-nano-tools --port 8000")
+    add_model(parser)
     add_settings(parser)
     _, settings = parse_with_settings(parser, arguments)
     limit_library_threads()

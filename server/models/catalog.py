@@ -1,7 +1,7 @@
 """Which models go by a name, and where a model that was asked for lies on this machine.
 
-`resolve_model` is what everything that needs a model calls: a catalogue name that was pulled, a .gguf file or a
-Hugging Face directory. Nothing here downloads (see pull.py) or opens a model (see quant/model_file.py).
+`resolve_model` is what everything that needs a model calls: a catalogue name that was pulled, a .gguf file, the folder
+of one, or a Hugging Face directory. Nothing here downloads (see pull.py) or opens a model (see quant/model_file.py).
 
 A pulled model is one directory of the cache, `models/NAME/`, which appears by a rename when it is whole: the file
 and `pulled.json` with its size and digest.
@@ -98,7 +98,7 @@ def pulled_path(entry: CatalogEntry, cache_dir: Path) -> Path | None:
 
 
 def resolve_model(model: str, cache_dir: Path) -> ResolvedModel:
-    """A catalogue name, a .gguf file or a Hugging Face directory. Raises ConfigError saying what to do."""
+    """A catalogue name, a .gguf file, its folder or a Hugging Face directory. Raises ConfigError saying what to do."""
     catalog = load_catalog()
     if model in catalog:
         path = pulled_path(catalog[model], cache_dir)

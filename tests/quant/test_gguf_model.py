@@ -55,6 +55,17 @@ def test_configuration_of_a_llama_file(tmp_path: Path) -> None:
     assert model.tokenizer.metadata["chat_template"] == CHATML_TEMPLATE
 
 
+def test_a_folder_with_one_file_is_that_file(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    with pytest.raises(ModelFileError, match=r"neither a \.gguf file nor config\.json"):
+        open_model(tmp_path)
+    one = write_tiny_gguf(tmp_path / "one.gguf")
+    assert open_model(tmp_path).path == one
+    write_tiny_gguf(tmp_path / "two.gguf")
+    with pytest.raises(ModelFileError, match=r"2 \.gguf files are in it, give the path of one: one\.gguf, two\.gguf"):
+        open_model(tmp_path)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tie", [True, False])
 def test_tensors_hold_the_weights_that_were_written(tmp_path: Path, architecture: str, tie: bool) -> None:

@@ -141,6 +141,17 @@ async def test_settings_reach_the_wire(model: Path) -> None:
 
 
 @async_test
+async def test_the_folder_of_a_file_serves_under_its_name(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my-nano"
+    folder.mkdir()
+    (folder / "model.gguf").symlink_to(model)
+    async with serving(folder) as http:
+        [listed] = (await http.get("/v1/models")).json()["data"]
+        answer = await http.post("/v1/completions", json={"model": "my-nano", "prompt": "x", "max_tokens": 1})
+    assert (listed["id"], answer.status_code) == ("my-nano", 200)
+
+
+@async_test
 async def test_a_chat_template_file_replaces_the_models(model: Path, tmp_path: Path) -> None:
     template = tmp_path / "plain.jinja"
     template.write_text("{% for message in messages %}[{{ message.content }}]{% endfor %}")
