@@ -1,101 +1,159 @@
-"""Sterna's engine beside llama.cpp's on the same model, threads and machine, in turn; a table and one line of JSON.
+"""Sterna beside llama.cpp, ik_llama.cpp and vLLM's CPU build: same machine, models, threads and run, engines in turn.
 
-Measures tokens per second of prefill (512 tokens) and greedy decode at batch 1, 8 and 32, with both engines run
-alternately `--rounds` times and the median ratio reported: machines are shared and absolute figures move.
-llama.cpp comes as llama-cpp-python, compiled for this machine into a virtual environment of its own in the cache
-(about ten minutes, once), or from `--llama-python PATH`.
+Tokens per second of prefill (512 and 4,096 tokens) and greedy decode (batch 1, 8, 32, and one sequence after 4,096
+tokens) on the default model and on random ternary ones; every figure is the median of `--rounds`, every ratio the
+median of the rounds' ratios, because machines are shared and absolute figures move. Prompts are random and distinct; no
+prefix cache, no speculation; f16 KV. Beside each ratio stands what it must reach. Also: both engines with AVX2 alone,
+what eight LoRA versions in a batch of 32 cost, shares of this machine's limits as measured in the run, streams over
+HTTP.
 
-usage: python -m benchmarks.compare [--model NAME] [--threads 2] [--rounds 3] [--json]
+Peers: `llama`, `llama-avx2`, `vllm` are installed on first use into the cache (each about ten minutes; `--peers`);
+ik_llama.cpp is in no registry: `--ik-llama-bench` names a build. Without one, ratios to it are estimated from another
+run's (benchmarks/peers/ik_llamacpp.py) and marked "est.".
+
+usage: python -m benchmarks.compare [--models ...] [--peers llama llama-avx2 vllm] [--threads 2] [--rounds 3] [--quick]
 """
 
 import argparse
 import json
-import os
-import statistics
 import subprocess
 import sys
-import venv
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-LLAMA_CPP = "llama-cpp-python==0.3.36"
-KEYS = ("prefill512_tok_s", "decode_b1_tok_s", "decode_b8_tok_s", "decode_b32_tok_s")
-HEADINGS = ("prefill 512", "decode b1", "decode b8", "decode b32")
+from benchmarks import comparison, http_streams, limits, models, report
+from benchmarks.cases import Cases
+from benchmarks.comparison import Comparison
+from benchmarks.peers import ik_llamacpp
+from benchmarks.peers.install import CACHE, PEERS, install
+
+HERE = Path(__file__).parent
+DEFAULTS = (models.DEFAULT, "nano", "2b")
+QUICK = Cases(prefill=64, long_prefill=192, steps=4, long_steps=4, repeats=1)
+NUM_LORAS = 8
 
 
-def install_llama_cpp(cache: Path) -> Path:
-    """The interpreter of a virtual environment that holds llama-cpp-python built with this machine's instructions."""
-    folder = cache / "peers" / LLAMA_CPP.replace("==", "-")
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        print(f"compiling {LLAMA_CPP} into {folder} (about ten minutes)", file=sys.stderr)
-        venv.create(folder, with_pip=True)
-        environment = dict(os.environ, CMAKE_ARGS="-DGGML_NATIVE=ON")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", LLAMA_CPP, "numpy"], env=environment, check=True)
-        (folder / "ready").touch()
-    return python
+@dataclass(frozen=True)
+class Engine:
+    name: str
+    measure: Callable[[str, Path, Cases], dict]
+    """(model, its file, cases) to tokens per second by key."""
 
 
-def run_json(command: list[str | Path]) -> dict:
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+def run_json(command: list[str | Path], environment: dict[str, str] | None = None) -> dict:
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def cpu() -> dict[str, str]:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    fields = {k.strip(): v.strip() for k, v in fields.items()}
-    flags = fields.get("flags", "").split()
-    known = [f for f in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8") if f in flags]
-    return {"cpu": fields.get("model name", "unknown"), "flags": " ".join(known)}
+def sterna(isa: str, threads: int) -> Callable[[str, Path, Cases], dict]:
+    return lambda _, path, cases: run_json(
+        [sys.executable, "-m", "benchmarks.engine_speed", path, str(threads), cases.to_json(), isa]
+    )
 
 
-def commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+def llama_cpp(python: Path, threads: int) -> Callable[[str, Path, Cases], dict]:
+    script = HERE / "peers" / "llamacpp_speed.py"
+    return lambda _, path, cases: run_json([python, script, path, str(threads), cases.to_json()])
 
 
-def table(ours: dict[str, float], theirs: dict[str, float], ratios: dict[str, float]) -> str:
-    rows = [("tokens per second", *HEADINGS)]
-    rows.append(("Sterna", *(f"{ours[k]:,.0f}" for k in KEYS)))
-    rows.append(("llama.cpp", *(f"{theirs[k]:,.0f}" for k in KEYS)))
-    rows.append(("ratio", *(f"{ratios[k]:.1f}x" for k in KEYS)))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---|" + "---:|" * len(KEYS))
-    return "\n".join(lines)
+def ik_llama_cpp(program: Path, threads: int) -> Callable[[str, Path, Cases], dict]:
+    return lambda model, path, cases: ik_llamacpp.measure(
+        program, ik_llamacpp.converted(program, model, path, models.CACHE), threads, cases
+    )
+
+
+def engines(args: argparse.Namespace) -> list[Engine]:
+    """In the order in which a round runs them."""
+    chosen = [Engine("Sterna", sterna(args.isa, args.threads))]
+    if "llama" in args.peers:
+        python = args.llama_python or install("llama", args.cache)
+        chosen.append(Engine("llama.cpp", llama_cpp(python, args.threads)))
+    if args.ik_llama_bench:
+        chosen.append(Engine("ik_llama.cpp", ik_llama_cpp(args.ik_llama_bench, args.threads)))
+    if "llama-avx2" in args.peers:
+        python = args.llama_avx2_python or install("llama-avx2", args.cache)
+        chosen.append(Engine("Sterna, AVX2", sterna("avx2", args.threads)))
+        chosen.append(Engine("llama.cpp, AVX2", llama_cpp(python, args.threads)))
+    return chosen
+
+
+def cases_of(model: str, quick: bool) -> Cases:
+    """The large model's passes take seconds to minutes each: one a round says enough."""
+    cases = QUICK if quick else Cases(repeats=1 if model == "2b" else 3)
+    return replace(cases, num_loras=NUM_LORAS) if model == models.DEFAULT else cases
+
+
+def run_rounds(args: argparse.Namespace) -> Comparison:
+    chosen = engines(args)
+    paths = {model: models.path_of(model) for model in args.models}
+    rounds, measured, streams = [], [], []
+    vllm = vllm_of(args, paths)
+    for number in range(args.rounds):
+        measured.append(limits.measure(args.threads, args.isa))
+        figures = {}
+        for model, path in paths.items():
+            for engine in chosen:
+                print(f"round {number + 1} of {args.rounds}: {model}, {engine.name}", file=sys.stderr)
+                cases = cases_of(model, args.quick)
+                # Adapters are ours alone to measure, and once.
+                alone = cases if engine.name == "Sterna" else replace(cases, num_loras=0)
+                figures[model, engine.name] = engine.measure(model, path, alone)
+                print(f"  {json.dumps(figures[model, engine.name])}", file=sys.stderr)
+        rounds.append(figures)
+        if vllm:
+            print(f"round {number + 1} of {args.rounds}: streams over HTTP", file=sys.stderr)
+            streams.append(vllm(number))
+            print(f"  {streams[-1]}", file=sys.stderr)
+    works = {model: models.work_of(path) for model, path in paths.items()}
+    return Comparison(rounds, works, measured, streams, cases_of("", args.quick))
+
+
+def vllm_of(args: argparse.Namespace, paths: dict[str, Path]) -> Callable[[int], dict[int, tuple[float, float]]] | None:
+    """A round over HTTP, by its number; None when vLLM was not asked for."""
+    if "vllm" not in args.peers:
+        return None
+    python = args.vllm_python or install("vllm", args.cache)
+    file = paths.get(models.DEFAULT) or models.path_of(models.DEFAULT)
+    directory = http_streams.hugging_face_directory(python, file, args.cache)
+    return lambda number: http_streams.run_round(
+        str(file), python, directory, args.threads, seed=1000 * number, quick=args.quick
+    )
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct", help="catalogue name or path of a GGUF")
+    parser.add_argument("--models", nargs="+", default=list(DEFAULTS), help="nano, 2b, catalogue names or GGUF files")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=["llama"], help="what to install and run [llama]")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--isa", default="auto", help="of Sterna's main rows")
     parser.add_argument("--llama-python", type=Path, help="interpreter that already has llama-cpp-python")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "sterna")
+    parser.add_argument("--llama-avx2-python", type=Path, help="one that has it built for AVX2")
+    parser.add_argument("--vllm-python", type=Path, help="one that has vLLM's CPU build")
+    parser.add_argument(
+        "--ik-llama-bench", type=Path, help="folder of an ik_llama.cpp build's programs, or one of them"
+    )
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where peers are installed")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny cases, to see that everything runs: no figures to quote"
+    )
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
+    parser.add_argument("--markdown", type=Path, help="a document whose section `compare` gets the tables")
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse_arguments()
-    llama = args.llama_python or install_llama_cpp(args.cache)
-    sterna = Path(sys.executable).parent / "sterna"
-    path = subprocess.run(
-        [sterna, "models", "path", args.model], check=True, stdout=subprocess.PIPE, text=True
-    ).stdout.strip()
-    script = Path(__file__).parent / "peers" / "llamacpp_speed.py"
-    runs: list[tuple[dict, dict]] = []
-    for i in range(args.rounds):
-        print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-        ours = run_json([sterna, "bench", "--model", path, "--threads", str(args.threads), "--json"])
-        runs.append((ours, run_json([llama, script, path, str(args.threads)])))
-    median = statistics.median
-    ours = {k: median(float(a[k]) for a, _ in runs) for k in KEYS}
-    theirs = {k: median(float(b[k]) for _, b in runs) for k in KEYS}
-    ratios = {k: round(median(float(a[k]) / float(b[k]) for a, b in runs), 2) for k in KEYS}
-    if not args.json:
-        print(table(ours, theirs, ratios))
-    about = {"model": Path(path).name, "threads": args.threads, "peer": runs[0][1]["engine"], "commit": commit()}
-    print(json.dumps({**about, **cpu(), "sterna": ours, "llama.cpp": theirs, "ratio": ratios}))
+    done = run_rounds(args)
+    figures = {
+        "threads": args.threads,
+        "quick": args.quick,
+        "versions": {engine: done.rounds[0][args.models[0], engine]["engine"] for engine in done.engines()},
+        "limits": [asdict(one) for one in done.limits],
+        **comparison.figures(done),
+    }
+    report.finish(comparison.text(done), figures, json_only=args.json, markdown=args.markdown, section="compare")
 
 
 if __name__ == "__main__":

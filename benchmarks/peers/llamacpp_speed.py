@@ -1,9 +1,9 @@
-"""llama.cpp's speed on one GGUF: prefill of 512 tokens, greedy decode at batch 1, 8 and 32; one line of JSON.
+"""llama.cpp's speed on one GGUF, the twin of benchmarks/engine_speed.py: the same cases, as one line of JSON.
 
-The twin of `sterna bench`: distinct random prompts, 64 decode steps, 256 tokens of context a sequence, f16 KV, every
-step a full forward pass with the logits of every row fetched. Median of three.
+Distinct random prompts, 256 tokens of context a sequence, f16 KV, every step a full forward pass with the logits of
+every row fetched and their largest taken.
 
-usage: llamacpp_speed.py MODEL.gguf THREADS     (run by benchmarks/compare.py; needs llama-cpp-python and numpy)
+usage: llamacpp_speed.py MODEL.gguf THREADS CASES_AS_JSON    (run by benchmarks/compare.py; needs llama-cpp-python)
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import time
 import llama_cpp
 import numpy as np
 
-PREFILL, PROMPT, STEPS, CONTEXT, BATCHES, REPEATS = 512, 6, 64, 256, (1, 8, 32), 3
+PROMPT, CONTEXT, CHUNK, BATCHES = 6, 256, 512, (1, 8, 32)
 
 
 class Timer:
@@ -29,15 +29,17 @@ class Timer:
             raise SystemExit(f"llama.cpp cannot load {path}")
         self._vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         self._rng = np.random.default_rng(0)
+        self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
 
     def _context(self, sequences: int, tokens: int) -> ctypes.c_void_p:
         params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = tokens, PREFILL, PREFILL, sequences
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = tokens, CHUNK, CHUNK, sequences
         params.n_threads = params.n_threads_batch = self._threads
         return llama_cpp.llama_init_from_model(self._model, params)
 
-    def _decode(self, context, batch, rows: list[tuple[int, int, int, bool]]) -> None:
+    def _decode(self, context, rows: list[tuple[int, int, int, bool]]) -> None:
         """rows: (token, position, sequence, wants logits)."""
+        batch = self._batch
         for i, (token, position, sequence, logits) in enumerate(rows):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, logits
             batch.seq_id[i][0] = sequence
@@ -49,45 +51,61 @@ class Timer:
         pointer = llama_cpp.llama_get_logits_ith(context, row)
         return int(np.ctypeslib.as_array(pointer, shape=(self._vocab_size,)).argmax())
 
-    def prefill(self) -> float:
-        context, batch = self._context(1, PREFILL), llama_cpp.llama_batch_init(PREFILL, 0, 1)
-        ids = self._rng.integers(0, self._vocab_size, PREFILL)
-        rows = [(int(t), i, 0, i == PREFILL - 1) for i, t in enumerate(ids)]
+    def _fill(self, context, tokens: int) -> float:
+        """One prompt, in pieces; tokens per second."""
+        rows = [(int(t), i, 0, i == tokens - 1) for i, t in enumerate(self._rng.integers(0, self._vocab_size, tokens))]
         start = time.perf_counter()
-        self._decode(context, batch, rows)
-        self._argmax(context, PREFILL - 1)
-        seconds = time.perf_counter() - start
-        llama_cpp.llama_batch_free(batch)
-        llama_cpp.llama_free(context)
-        return PREFILL / seconds
+        for at in range(0, tokens, CHUNK):
+            self._decode(context, rows[at : at + CHUNK])
+        self._argmax(context, (tokens - 1) % CHUNK)
+        return tokens / (time.perf_counter() - start)
 
-    def decode(self, sequences: int) -> float:
+    def prefill(self, tokens: int) -> float:
+        context = self._context(1, tokens)
+        rate = self._fill(context, tokens)
+        llama_cpp.llama_free(context)
+        return rate
+
+    def long(self, tokens: int, steps: int) -> tuple[float, float]:
+        """Tokens per second of a long prompt, and of decoding after it."""
+        context = self._context(1, tokens + steps)
+        rate = self._fill(context, tokens)
+        token = 1
+        start = time.perf_counter()
+        for step in range(steps):
+            self._decode(context, [(token, tokens + step, 0, True)])
+            token = self._argmax(context, 0)
+        seconds = time.perf_counter() - start
+        llama_cpp.llama_free(context)
+        return rate, steps / seconds
+
+    def decode(self, sequences: int, steps: int) -> float:
         context = self._context(sequences, CONTEXT * sequences)
-        batch = llama_cpp.llama_batch_init(PREFILL, 0, 1)
         prompts = self._rng.integers(0, self._vocab_size, (sequences, PROMPT))
         last = PROMPT - 1
-        self._decode(
-            context, batch, [(int(prompts[s, i]), i, s, i == last) for s in range(sequences) for i in range(PROMPT)]
-        )
+        self._decode(context, [(int(prompts[s, i]), i, s, i == last) for s in range(sequences) for i in range(PROMPT)])
         tokens = [self._argmax(context, s * PROMPT + last) for s in range(sequences)]
         start = time.perf_counter()
-        for step in range(STEPS):
-            self._decode(context, batch, [(tokens[s], PROMPT + step, s, True) for s in range(sequences)])
+        for step in range(steps):
+            self._decode(context, [(tokens[s], PROMPT + step, s, True) for s in range(sequences)])
             tokens = [self._argmax(context, s) for s in range(sequences)]
         seconds = time.perf_counter() - start
-        llama_cpp.llama_batch_free(batch)
         llama_cpp.llama_free(context)
-        return sequences * STEPS / seconds
+        return sequences * steps / seconds
 
 
 def main() -> None:
-    path, threads = sys.argv[1], int(sys.argv[2])
+    path, threads, cases = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
     timer = Timer(path, threads)
-    timer.prefill()
-    result: dict[str, object] = {"engine": f"llama.cpp ({llama_cpp.__version__})", "model": path, "threads": threads}
-    result["prefill512_tok_s"] = round(statistics.median(timer.prefill() for _ in range(REPEATS)), 1)
+    repeats = range(cases["repeats"])
+    timer.prefill(cases["prefill"])
+    result: dict[str, object] = {"engine": f"llama.cpp ({llama_cpp.__version__})"}
+    result["prefill"] = round(statistics.median(timer.prefill(cases["prefill"]) for _ in repeats), 2)
+    long_prefill, long_decode = timer.long(cases["long_prefill"], cases["long_steps"])
+    result |= {"long_prefill": round(long_prefill, 2), "long_decode": round(long_decode, 2)}
     for batch in BATCHES:
-        result[f"decode_b{batch}_tok_s"] = round(statistics.median(timer.decode(batch) for _ in range(REPEATS)), 1)
+        rates = [timer.decode(batch, cases["steps"]) for _ in repeats]
+        result[f"decode_b{batch}"] = round(statistics.median(rates), 2)
     print(json.dumps(result))
 
 

@@ -107,6 +107,9 @@ struct Kernels {
   double (*sum_exp)(const float* x, int n, float max, float inv_temperature);
   // probabilities: out[i] = exp((x[i] - max) * inv_temperature)
   void (*exp_shifted)(const float* x, int n, float max, float inv_temperature, float* out);
+  // What this ISA can do at most, for benchmarks: int8 multiply-adds (their number is returned), and the sum of words.
+  int64_t (*probe_dot)(int64_t rounds, int32_t* checksum);
+  uint64_t (*probe_read)(const uint64_t* p, int64_t words);
 };
 
 // Null when the CPU (or the operating system) lacks the ISA.

@@ -85,6 +85,11 @@ inline VI vi_set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)
 template <int N>
 inline VI vi_shl(VI a) { return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)}; }
 inline VI operator+(VI a, VI b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+// 64 products, unsigned w times signed x, in sums of 16 bits: as the kernels do between two widenings.
+inline VI vi_dot(VI acc, VI w, VI x) {
+  return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
+          _mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, x.hi))};
+}
 inline VF vf_from(VI a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline VI vi_round(VF a) { return {_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)}; }
 inline int32_t vi_sum(VI a) {

@@ -97,6 +97,11 @@ inline VI vi_zero() { return vi_set(0); }
 template <int N>
 inline VI vi_shl(VI a) { STERNA_LANES a.v[i] *= 1 << N; return a; }
 inline VI operator+(VI a, VI b) { STERNA_LANES a.v[i] += b.v[i]; return a; }
+inline VI vi_dot(VI acc, VI w, VI x) {
+  for (int byte = 0; byte < 64; ++byte)
+    acc.v[byte / 4] += ((w.v[byte / 4] >> 8 * (byte % 4)) & 255) * static_cast<int8_t>(x.v[byte / 4] >> 8 * (byte % 4));
+  return acc;
+}
 inline VF vf_from(VI a) { VF f; STERNA_LANES f.v[i] = static_cast<float>(a.v[i]); return f; }
 inline VI vi_round(VF a) { VI n; STERNA_LANES n.v[i] = static_cast<int32_t>(std::nearbyintf(a.v[i])); return n; }
 inline int32_t vi_sum(VI a) { int32_t s = 0; STERNA_LANES s += a.v[i]; return s; }

@@ -43,7 +43,15 @@ class EngineTimer:
         none, no_floats = np.empty(0, np.int32), np.empty(0, np.float32)
         self._core.set_sequence(slot, none, none, 0.0, 0, 1.0, 0.0, 1.0, 0.0, 0.0, 0, 0, none, no_floats, none, 0)
 
-    def _step(self, tokens: np.ndarray, starts: np.ndarray, positions: np.ndarray, last: np.ndarray) -> np.ndarray:
+    def step(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        positions: np.ndarray,
+        last: np.ndarray,
+        lora_slots: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Row starts[s] is sequence s's first, at positions[s]; the rows `last` are sampled, one for each sequence."""
         count = len(positions)
         slots = np.arange(count, dtype=np.int32)
         tables = slots[:, None] * self._blocks + np.arange(self._blocks, dtype=np.int32)[None]
@@ -54,7 +62,7 @@ class EngineTimer:
             seq_starts=starts,
             seq_positions=positions,
             block_tables=np.ascontiguousarray(tables, np.int32),
-            lora_slots=minus,
+            lora_slots=minus if lora_slots is None else lora_slots,
             logit_rows=last,
             slots=slots,
             positions=positions + np.diff(starts),
@@ -69,23 +77,34 @@ class EngineTimer:
         return out
 
     def prefill(self, tokens: int) -> float:
-        """Tokens per second of one prompt in one step."""
+        """Tokens per second of one prompt, in steps of at most `max_batch_tokens`, as the scheduler cuts it."""
         ids = self._rng.integers(0, self._core.vocab_size, tokens).astype(np.int32)
         start = time.perf_counter()
-        self._step(ids, _i32(0, tokens), _i32(0), _i32(tokens - 1))
+        for at in range(0, tokens, self._core.max_batch_tokens):
+            piece = ids[at : at + self._core.max_batch_tokens]
+            self.step(piece, _i32(0, len(piece)), _i32(at), _i32(len(piece) - 1))
         return tokens / (time.perf_counter() - start)
 
-    def decode(self, batch: int) -> float:
-        """Tokens per second of `batch` sequences that decode together for 64 steps."""
+    def start(self, batch: int) -> np.ndarray:
+        """`batch` sequences of a short prompt of their own; their next tokens."""
         prompts = self._rng.integers(0, self._core.vocab_size, (batch, _PROMPT)).astype(np.int32)
+        starts = np.arange(batch + 1, dtype=np.int32) * _PROMPT
+        return self.step(prompts.reshape(-1), starts, np.zeros(batch, np.int32), starts[1:] - 1)
+
+    def decode(
+        self, batch: int, steps: int = _STEPS, *, context: int | None = None, lora_slots: np.ndarray | None = None
+    ) -> float:
+        """Tokens per second of `batch` sequences that decode together.
+
+        They begin with a short prompt, or go on where `context` tokens have been filled in before.
+        """
         starts = np.arange(batch + 1, dtype=np.int32)
-        last = np.arange(1, batch + 1, dtype=np.int32) * _PROMPT - 1
-        zeros = np.zeros(batch, np.int32)
-        tokens = self._step(prompts.reshape(-1), starts * _PROMPT, zeros, last)
+        tokens = self.start(batch) if context is None else starts[1:]
+        positions = np.full(batch, _PROMPT if context is None else context, np.int32)
         start = time.perf_counter()
-        for step in range(_STEPS):
-            tokens = self._step(tokens, starts, zeros + _PROMPT + step, starts[:-1])
-        return batch * _STEPS / (time.perf_counter() - start)
+        for step in range(steps):
+            tokens = self.step(tokens, starts, positions + step, starts[:-1], lora_slots)
+        return batch * steps / (time.perf_counter() - start)
 
 
 def run_bench(

@@ -91,6 +91,24 @@ nb::ndarray<nb::numpy, float, nb::ndim<2>> matmul_once(const Matrix& m, Floats2 
   return padded;
 }
 
+int64_t probe_dot(const std::string& isa, int64_t rounds) {
+  const Kernels* k = kernels_or_throw(isa);
+  int32_t checksum = 0;
+  nb::gil_scoped_release release;
+  return k->probe_dot(rounds, &checksum);
+}
+
+uint64_t probe_read(Bytes data, const std::string& isa, int repeat) {
+  const Kernels* k = kernels_or_throw(isa);
+  require(reinterpret_cast<uintptr_t>(data.data()) % alignof(uint64_t) == 0, "data must be aligned to 8 bytes");
+  uint64_t sum = 0;
+  nb::gil_scoped_release release;
+  for (int i = 0; i < repeat; ++i) {
+    sum += k->probe_read(reinterpret_cast<const uint64_t*>(data.data()), static_cast<int64_t>(data.size() / 8));
+  }
+  return sum;
+}
+
 nb::tuple quantize_once(Floats2 x, const std::string& isa, bool one_scale) {
   const Kernels* k = kernels_or_throw(isa);
   const size_t rows = x.shape(0), cols = x.shape(1), blocks = cols / kBlock;
@@ -219,6 +237,8 @@ void bind_matrix(nb::module_& m) {
       .def("to_float", &unpack)
       .def("matmul", &matmul_once, "x"_a, "isa"_a = "auto", "group"_a = 1, "repeat"_a = 1);
   m.def("quantize_activations", &quantize_once, "x"_a, "isa"_a = "auto", "one_scale"_a = false);
+  m.def("probe_dot", &probe_dot, "isa"_a, "rounds"_a);
+  m.def("probe_read", &probe_read, "data"_a, "isa"_a, "repeat"_a = 1);
   m.def("uniform", &philox_uniform, "seed"_a, "choice"_a, "position"_a);
   m.def("available_isas", &available_isas);
 }
@@ -297,6 +317,14 @@ void bind_core(nb::module_& m) {
       .def("step", &core_step, "token_ids"_a.noconvert(), "seq_starts"_a.noconvert(), "seq_positions"_a.noconvert(), "block_tables"_a.noconvert(), "lora_slots"_a.noconvert(),
            "logit_rows"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
            "out_logprobs"_a.noconvert(), "out_top_ids"_a.noconvert(), "out_top_logprobs"_a.noconvert())
+      .def("profile",  // seconds by op since the last call
+           [](Core& c, bool is_on) {
+             const Profile::Seconds seconds = c.profile().restart(is_on);
+             nb::dict out;
+             for (size_t i = 0; i < seconds.size(); ++i) out[kOpNames[i]] = seconds[i];
+             return out;
+           },
+           "is_on"_a)
       .def("new_lora", [](Core& c) { return std::make_shared<Lora>(c.shared_model()); })
       .def("set_lora", &Core::set_lora, "lora_slot"_a, "lora"_a)
       .def("clear_lora", [](Core& c, int slot) { c.set_lora(slot, nullptr); }, "lora_slot"_a);

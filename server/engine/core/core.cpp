@@ -125,7 +125,9 @@ void Core::prepare(const Batch& b) {
 
 void Core::forward(const Batch& batch) {
   check(batch);
+  profile_.begin();
   prepare(batch);
+  profile_.lap(Op::Embed);
   for (int i = 0; i < model_->shape().num_layers; ++i) run_layer(batch, i);
   if (!batch.logit_count) return;
   if (second_) {
@@ -144,24 +146,29 @@ void Core::run_layer(const Batch& b, int index) {
   // With two residual streams, what a sublayer puts out waits in normed_ for the next norm_quantize.
   float* const residual = second_ ? normed_ : x_;
   norm_quantize(layer.attn_norm, b.rows, 2 * index);
+  profile_.lap(Op::Norm);
   const Target qkv[3] = {{&layer.projection[kQ], kQ, qkv_},
                          {&layer.projection[kK], kK, qkv_ + q_stride_},
                          {&layer.projection[kV], kV, qkv_ + q_stride_ + kv}};
   project(index, normed_, hidden_stride_, b.rows, qkv, 3, qkv_stride_, false);
   rotate_and_store(b, index);
+  profile_.lap(Op::Rope);
   attend(b, index);
   const int64_t attn_stride = attn_ == attn_padded_ ? attn_stride_ : q_stride_;
   quantize(attn_, attn_stride, b.rows, s.num_heads * s.head_dim, layer.attn_sub_norm);
+  profile_.lap(Op::Attention);
   const Target o = {&layer.projection[kO], kO, residual};
   project(index, attn_, attn_stride, b.rows, &o, 1, hidden_stride_, !second_);
 
   norm_quantize(layer.ffn_norm, b.rows, 2 * index + 1);
+  profile_.lap(Op::Norm);
   const Target gate_up[2] = {{&layer.projection[kGate], kGate, gate_up_},
                              {&layer.projection[kUp], kUp, gate_up_ + ffn_stride_}};
   project(index, normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_, false);
   // Of all int8 activations those into the last layer's gate and up matter most by far: on the default model they
   // alone make 23 % of the logits' noise variance (the other 29 pairs 16 % together). Sixteen bits there cost 2 %.
   if (index + 1 == s.num_layers && !s.row_scales) refine(normed_, hidden_stride_, b.rows, gate_up, 2, 2 * ffn_stride_);
+  profile_.lap(Op::GateUp);
   const Kernels& k = model_->kernels();
   const auto gated = s.squared_relu ? k.relu2_mul : k.silu_mul;
   for_rows(b.rows, s.ffn * 4, [&](int begin, int end) {
@@ -173,6 +180,7 @@ void Core::run_layer(const Batch& b, int index) {
     }
     if (s.ffn % kBlock == 0) k.quantize_rows(act_, ffn_stride_, begin, end, s.ffn, group_, s.row_scales, quantized_);
   });
+  profile_.lap(Op::Activation);
   const Target down = {&layer.projection[kDown], kDown, residual};
   project(index, act_, ffn_stride_, b.rows, &down, 1, hidden_stride_, !second_);
 }
@@ -264,6 +272,7 @@ void Core::compute_logits(const Batch& b) {
     }
     if (s.hidden % kBlock == 0) k.quantize_rows(normed_, hidden_stride_, begin, end, s.hidden, group_, false, quantized_);
   });
+  profile_.lap(Op::Norm);
   const Target head = {&model_->head(), -1, logits_};
   lora_groups_.clear();  // no adapter touches the head
   project(0, normed_, hidden_stride_, rows, &head, 1, logit_stride_, false);
@@ -278,6 +287,7 @@ void Core::sample(int count, const int32_t* slots, const int32_t* positions, con
                   const int32_t* num_top, const uint8_t* use_mask, int32_t* out_tokens, float* out_logprobs,
                   int32_t* out_top_ids, float* out_top_logprobs) {
   if (count > limits_.max_logit_rows) fail("too many rows to sample");
+  profile_.begin();
   const int vocab = model_->shape().vocab;
   for (int i = 0; i < count; ++i) {
     sequence(slots[i]);
@@ -298,6 +308,7 @@ void Core::sample(int count, const int32_t* slots, const int32_t* positions, con
   });
   for (int i = 0; i < count; ++i)
     if (targets[i] < 0) sequences_[static_cast<size_t>(slots[i])].append(out_tokens[i]);
+  profile_.lap(Op::Sample);
 }
 
 }  // namespace sterna

@@ -11,6 +11,7 @@
 
 #include "lora.h"
 #include "model.h"
+#include "profile.h"
 #include "sampler.h"
 
 namespace sterna {
@@ -57,6 +58,7 @@ class Core {
   // Null empties the slot. Any thread, also during a step, if no sequence of the step uses the slot.
   void set_lora(int slot, std::shared_ptr<Lora> lora);
 
+  Profile& profile() { return profile_; }
   Model& model() { return *model_; }
   const std::shared_ptr<Model>& shared_model() const { return model_; }
   const CoreLimits& limits() const { return limits_; }
@@ -91,6 +93,7 @@ class Core {
 
   std::shared_ptr<Model> model_;
   CoreLimits limits_;
+  Profile profile_;
   Arena arena_;
   int padded_dim_, mask_words_;
   int64_t hidden_stride_, ffn_stride_, q_stride_, qkv_stride_, attn_stride_, logit_stride_, kv_block_elements_;

@@ -12,6 +12,11 @@ namespace {
 // Activation bytes of one row block of a matmul: half of a 1 MiB L2, the panel and the outputs share the rest.
 constexpr int64_t kRowBlockBytes = 512 << 10;
 
+Op op_of(int projection) {
+  constexpr Op ops[kNumProjections] = {Op::Qkv, Op::Qkv, Op::Qkv, Op::Out, Op::GateUp, Op::GateUp, Op::Down};
+  return projection < 0 ? Op::Head : ops[projection];
+}
+
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
 }  // namespace
@@ -52,7 +57,10 @@ void Core::quantize(float* x, int64_t stride, int rows, int cols, const float* n
 void Core::project(int layer, const float* x, int64_t x_stride, int rows, const Target* targets, int count,
                    int64_t out_stride, bool accumulate) {
   matmul_targets(x, x_stride, rows, targets, count, out_stride, accumulate);
-  if (!lora_groups_.empty()) apply_lora(layer, x, x_stride, targets, count, out_stride);
+  profile_.lap(op_of(targets[0].projection));
+  if (lora_groups_.empty()) return;
+  apply_lora(layer, x, x_stride, targets, count, out_stride);
+  profile_.lap(Op::Lora);
 }
 
 void Core::refine(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride) {
