@@ -25,6 +25,10 @@ from finetune.train.loop import StepLog, TrainResult, train
 from finetune.train.ranks import Ranks
 from finetune.train.settings import TrainSettings
 
+PACKED_TOGETHER = 96
+"""Examples. All of them share more rows (a quarter fewer to compute), but a micro-batch is then of one first tool, and
+learning is slower: the shipped model's held-out loss after ten minutes was 1.65 instead of 1.40."""
+
 
 @dataclass(frozen=True, eq=False)
 class Phase:
@@ -95,6 +99,7 @@ def phase_steps(phase: Phase, settings: QatSettings) -> Steps:
         micro_batch_tokens=settings.micro_batch_tokens,
         tokens_per_step=settings.tokens_per_step,
         max_steps=phase.max_steps or settings.max_steps,
+        window=PACKED_TOGETHER,
     )
 
 

@@ -34,15 +34,18 @@ class Steps:
         is_curriculum: bool = False,
         pairs: Sequence[Preference] = (),
         references: Mapping[str, float] | None = None,
+        window: int | None = None,
     ) -> None:
         """A micro-batch is longer where an example is: it and those that share its prompt. `references`: of the pairs,
-        by id."""
+        by id. `window`: dialogues in a drawn order, so many examples packed together; None: all, which shares most rows
+        and makes micro-batches of examples that begin alike."""
         self._examples = examples
         self._pairs, self._references = pairs, references or {}
         self._seed = seed
         self._micro_batch_tokens = micro_batch_tokens
         self._tokens_per_step = tokens_per_step
         self._is_curriculum = is_curriculum
+        self._window = window
         self._packed: tuple[int, list[list[Packed]]] = (-1, [])
         counts = [len(self._epoch(number)) for number in range(math.ceil(epochs))]
         if epochs % 1:
@@ -77,14 +80,23 @@ class Steps:
     def _mixed(self, epoch: int) -> list[Packed]:
         limit = self._micro_batch_tokens
         long = [one for one in self._examples if len(one.token_ids) > limit]
-        packed = pack(
-            [one for one in self._examples if len(one.token_ids) <= limit], limit, seed=self._seed, epoch=epoch
-        )
+        short = [one for one in self._examples if len(one.token_ids) <= limit]
+        if self._window is not None:
+            short = self._by_dialogue(short, epoch)
+        packed = pack(short, limit, seed=self._seed, epoch=epoch, window=self._window)
         if long:  # runs of an agent share a prompt that may be longer than a micro-batch: there is room for their ends
             packed += pack(long, max(len(one.token_ids) for one in long) + limit, seed=self._seed, epoch=epoch)
         packed += self._packed_pairs(epoch)
         order = shuffled([f"micro-batch {number}" for number in range(len(packed))], seed=self._seed, epoch=epoch)
         return _evenly([packed[index] for index in order])
+
+    def _by_dialogue(self, examples: Sequence[Example], epoch: int) -> list[Example]:
+        """In a drawn order, a dialogue's turns ("name:0", "name:1") together."""
+        dialogues: dict[str, list[Example]] = {}
+        for one in examples:
+            dialogues.setdefault(one.id.rpartition(":")[0], []).append(one)
+        turns = list(dialogues.values())
+        return [one for place in shuffled(list(dialogues), seed=self._seed, epoch=epoch) for one in turns[place]]
 
     def _in_order(self, epoch: int) -> list[Packed]:
         ids = [one.id for one in self._examples]

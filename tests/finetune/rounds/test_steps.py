@@ -64,6 +64,30 @@ def test_epochs_differ_and_may_be_parts() -> None:
     assert steps(given, epochs=0.01).num_steps == 1
 
 
+def test_a_window_draws_dialogues_and_keeps_their_turns_together() -> None:
+    given = []
+    for number, one in enumerate(examples(*([40] * 60))):
+        first = np.concatenate([[number], one.token_ids[1:]]).astype(np.int32)
+        weights = (np.arange(44) > 40).astype(np.float32)
+        given += [
+            replace(one, id=f"{number}:0", token_ids=first),
+            replace(one, id=f"{number}:1", token_ids=np.concatenate([first, first[:4]]), weights=weights),
+        ]
+    made = steps(given, window=4, epochs=2.0)
+
+    def dialogues(epoch: int) -> list[tuple[int, ...]]:
+        half = made.num_steps // 2
+        batches = [one for step in range(half * epoch, half * (epoch + 1)) for one in made(step)]
+        assert sum(one.num_examples for one in batches) == 120
+        assert all(len(one.token_ids) == 88 for one in batches), "two dialogues, each laid out once"
+        return [tuple(int(one.token_ids[part.start]) for part in one.segments if part.parent < 0) for one in batches]
+
+    drawn, again = dialogues(0), dialogues(1)
+    assert sorted(number for pair in drawn for number in pair) == list(range(60))
+    assert {frozenset(pair) for pair in drawn} != {frozenset(pair) for pair in again}
+    assert drawn != sorted(drawn)
+
+
 def test_kl_is_spread_evenly_and_never_first() -> None:
     given = [replace(one, kl=index < 40) for index, one in enumerate(examples(*([60] * 60)))]
     made = steps(given)
