@@ -1,5 +1,7 @@
 """Types of the C++ extension (server/engine/core/binding.cpp). All work runs with the GIL released."""
 
+from array import array
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,9 @@ def probe_dot(isa: str, rounds: int) -> int:
 
 def probe_read(data: NDArray[np.uint8], isa: str, repeat: int = 1) -> int:
     """The sum of all words: reads the array from its beginning to its end."""
+
+def find_match(tokens: _Ints | array[int], min_length: int, max_length: int) -> tuple[int, int]:
+    """(index of the token after the longest, then latest, earlier occurrence of the last tokens or -1, its length)."""
 
 def quantize_activations(x: _Floats, isa: str = "auto", one_scale: bool = False) -> tuple[_Floats, _Floats]: ...
 
@@ -120,6 +125,7 @@ class Core:
         slots: _Ints,
         positions: _Ints,
         targets: _Ints,
+        drafts: _Ints,
         num_top: _Ints,
         use_mask: NDArray[np.uint8],
         out_tokens: _Ints,
@@ -138,6 +144,7 @@ class Core:
         slots: _Ints,
         positions: _Ints,
         targets: _Ints,
+        drafts: _Ints,
         num_top: _Ints,
         use_mask: NDArray[np.uint8],
         out_tokens: _Ints,

@@ -95,6 +95,9 @@ class Settings(BaseModel):
     max_num_batched_tokens: Annotated[int, Field(ge=16, le=65536)] = Field(512, description="tokens of one step")
     max_waiting: Annotated[int, Field(ge=0)] = Field(256, description="waiting requests; one more is answered 429")
     enable_prefix_caching: bool = Field(True, description="reuse the KV cache of equal prompt beginnings")
+    max_draft_tokens: Annotated[int, Field(ge=0, le=64)] = Field(
+        8, description="tokens a step may guess for a sequence, where that pays; the answer stays the same; 0: none"
+    )
     drain_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
         30.0, description="how long running requests may take to finish after SIGTERM"
     )

@@ -39,6 +39,14 @@ class EngineCollector:
         yield from _counters(
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
+            ("spec_decode_num_drafts", "Steps of a sequence that carried guesses.", stats.num_drafts),
+            ("spec_decode_num_draft_tokens", "Guessed tokens computed.", stats.draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Guessed tokens that were right.", stats.accepted_tokens),
+            (
+                "grammar_forced_tokens",
+                "Tokens that a grammar forced, computed without a step of their own.",
+                stats.forced_tokens,
+            ),
             ("num_preemptions", "Sequences put back to be recomputed.", stats.num_preemptions),
             ("engine_steps", "Steps of the engine.", stats.num_steps),
             ("engine_step_seconds", "Time spent in steps.", stats.step_seconds),

@@ -169,6 +169,7 @@ def load_model(settings: Settings) -> Loaded:
         max_waiting=settings.max_waiting,
         eog_token_ids=tokenizer.eog_token_ids,
         enable_prefix_caching=settings.enable_prefix_caching,
+        max_draft_tokens=settings.max_draft_tokens,
     )
     template = _template_text(settings, tokenizer)
     backend = NativeBackend(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from server.backends.text_pipe import TextPipe
 from server.backends.token_text import TokenTexts
 from server.engine.params import EngineOutput
+from server.engine.stream import split_output
 from server.openai.protocol.chunks import ChatChoice, ChatDelta, ChatLogprobs, ToolCallDelta
 from server.openai.protocol.chunks import TokenLogprob as WireLogprob
 from server.tools.parser import ContentDelta, Event, ToolCallParser, ToolCallStart
@@ -38,6 +39,17 @@ class ChatChoiceState:
 
     def push(self, output: EngineOutput) -> list[ChatChoice]:
         """What this output adds; the last choice has the finish reason and then `is_finished` is set."""
+        if self._parser is None or not self._parser.may_end_early:
+            return self._push(output)
+        # Token by token, so that the usage does not depend on how many came together with the call's end.
+        choices: list[ChatChoice] = []
+        for one in split_output(output):
+            choices += self._push(one)
+            if self.is_finished:
+                break
+        return choices
+
+    def _push(self, output: EngineOutput) -> list[ChatChoice]:
         choices: list[ChatChoice] = []
         if not self._has_begun:
             self._has_begun = True

@@ -10,17 +10,20 @@ import numpy as np
 
 from server.engine.core_api import (
     MAX_TOP_LOGPROBS,
+    NO_DRAFT_TOKEN,
     NO_TARGET,
     ByteArray,
     Core,
     FloatArray,
     IntArray,
 )
-from server.engine.scheduler import StepPlan, StepResult
 from server.engine.sequence import Sequence
+from server.engine.step import StepPlan, StepResult
 
 ForwardArgs = tuple[IntArray, IntArray, IntArray, IntArray, IntArray, IntArray]
-SampleArgs = tuple[IntArray, IntArray, IntArray, IntArray, ByteArray, IntArray, FloatArray, IntArray, FloatArray]
+SampleArgs = tuple[
+    IntArray, IntArray, IntArray, IntArray, IntArray, ByteArray, IntArray, FloatArray, IntArray, FloatArray
+]
 
 
 @dataclass(slots=True)
@@ -30,8 +33,10 @@ class StepArrays:
     forward: ForwardArgs
     sample: SampleArgs
     result: StepResult
-    masked: list[Sequence]
-    """Sequences with a grammar that sample in this step."""
+    masked: list[tuple[Sequence, int]]
+    """Sequences with a grammar that sample in this step, and their first row that does."""
+    drafts: IntArray
+    """(R,): the draft token that is sampled at each row, if any."""
 
     @property
     def step(self) -> tuple[*ForwardArgs, *SampleArgs]:
@@ -55,6 +60,7 @@ class StepBuffers:
         self._slots = np.zeros(num_rows, np.int32)
         self._positions = np.zeros(num_rows, np.int32)
         self._targets = np.zeros(num_rows, np.int32)
+        self._drafts = np.zeros(num_rows, np.int32)
         self._num_top = np.zeros(num_rows, np.int32)
         self._use_mask = np.zeros(num_rows, np.uint8)
         self._out_tokens = np.zeros(num_rows, np.int32)
@@ -68,14 +74,21 @@ class StepBuffers:
             self._tables[seq.slot, : len(seq.blocks)] = seq.blocks
         num_seqs, num_decodes = len(plan.sequences), plan.num_decodes
         self._fill_decodes(plan.sequences[:num_decodes])
+        masked = [(seq, row) for row, seq in enumerate(plan.sequences[:num_decodes]) if seq.use_mask]
         row = token = num_decodes
         for index in range(num_decodes, num_seqs):
             seq, num_tokens = plan.sequences[index], plan.num_tokens[index]
+            num_scores = plan.num_score_rows[index]
             self._fill_chunk(seq, index, token, num_tokens)
-            row = self._fill_rows(seq, row, token, num_tokens, plan.num_score_rows[index])
+            row = self._fill_scores(seq, row, token, num_tokens, num_scores)
             token += num_tokens
+            if num_tokens == seq.num_uncomputed:
+                if seq.use_mask:
+                    masked.append((seq, row))
+                row = self._fill_draft(seq, row, token)
+                token += len(seq.draft.tokens)
         self._seq_starts[num_seqs] = token
-        return self._views(plan, num_seqs, token, row)
+        return self._views(plan, num_seqs, token, row, masked)
 
     def _fill_decodes(self, decodes: list[Sequence]) -> None:
         """Sequence, token and logit row number i are all the same for a decode."""
@@ -96,6 +109,7 @@ class StepBuffers:
         self._slots[:count] = slots
         np.add(self._seq_positions[:count], 1, out=self._positions[:count])
         self._targets[:count] = NO_TARGET
+        self._drafts[:count] = NO_DRAFT_TOKEN
         self._num_top[:count] = [seq.num_top for seq in decodes]
         self._use_mask[:count] = [seq.use_mask for seq in decodes]
 
@@ -107,8 +121,8 @@ class StepBuffers:
         self._seq_slots[index] = seq.slot
         self._lora_slots[index] = seq.lora_slot
 
-    def _fill_rows(self, seq: Sequence, row: int, token: int, num_tokens: int, num_scores: int) -> int:
-        """Logit rows of one chunk: its prompt tokens to score, then the row to sample if the chunk ends the tokens."""
+    def _fill_scores(self, seq: Sequence, row: int, token: int, num_tokens: int, num_scores: int) -> int:
+        """Logit rows of one chunk that score its prompt tokens; returns the next row."""
         end = seq.num_computed + num_tokens
         if num_scores:
             last = min(end, seq.num_prompt - 1)  # the last token scored
@@ -117,22 +131,33 @@ class StepBuffers:
             self._logit_rows[rows] = np.arange(num_scores, dtype=np.int32) + (token + first - 1 - seq.num_computed)
             self._positions[rows] = np.arange(first, last + 1, dtype=np.int32)
             self._targets[rows] = seq.token_ids[first : last + 1]
+            self._drafts[rows] = NO_DRAFT_TOKEN
             self._slots[rows] = seq.slot
             assert seq.params.num_prompt_logprobs is not None
             self._num_top[rows] = seq.params.num_prompt_logprobs
             self._use_mask[rows] = 0
             row += num_scores
-        if end == len(seq.token_ids):
-            self._logit_rows[row] = token + num_tokens - 1
-            self._positions[row] = end
-            self._targets[row] = NO_TARGET
-            self._slots[row] = seq.slot
-            self._num_top[row] = seq.num_top
-            self._use_mask[row] = seq.use_mask
-            row += 1
         return row
 
-    def _views(self, plan: StepPlan, num_seqs: int, num_tokens: int, num_rows: int) -> StepArrays:
+    def _fill_draft(self, seq: Sequence, row: int, token: int) -> int:
+        """The draft's tokens from `token` on, its blocks, and the rows that sample: before each guess, and the last."""
+        draft, first_block = seq.draft, seq.num_computed // self._block_size
+        self._tables[seq.slot, first_block : len(seq.blocks)] = seq.blocks[first_block:]
+        self._token_ids[token : token + len(draft.tokens)] = draft.tokens
+        rows = slice(row, row + len(draft.rows))
+        offsets = np.array(draft.rows, np.int32)
+        self._logit_rows[rows] = offsets + (token - 1)
+        self._positions[rows] = offsets + len(seq.token_ids)
+        self._targets[rows] = NO_TARGET
+        self._drafts[rows] = [*(draft.tokens[guess.index] for guess in draft.guesses), NO_DRAFT_TOKEN]
+        self._slots[rows] = seq.slot
+        self._num_top[rows] = seq.num_top
+        self._use_mask[rows] = seq.use_mask
+        return rows.stop
+
+    def _views(
+        self, plan: StepPlan, num_seqs: int, num_tokens: int, num_rows: int, masked: list[tuple[Sequence, int]]
+    ) -> StepArrays:
         width = max(len(seq.blocks) for seq in plan.sequences)
         block_tables = self._block_tables[: num_seqs * width].reshape(num_seqs, width)
         block_tables[...] = self._tables[self._seq_slots[:num_seqs], :width]
@@ -142,11 +167,6 @@ class StepBuffers:
             self._out_top_ids[:num_rows],
             self._out_top_logprobs[:num_rows],
         )
-        masked = [
-            seq
-            for seq, count in zip(plan.sequences, plan.num_tokens, strict=True)
-            if seq.use_mask and seq.num_uncomputed == count
-        ]
         return StepArrays(
             forward=(
                 self._token_ids[:num_tokens],
@@ -160,6 +180,7 @@ class StepBuffers:
                 self._slots[:num_rows],
                 self._positions[:num_rows],
                 self._targets[:num_rows],
+                self._drafts[:num_rows],
                 self._num_top[:num_rows],
                 self._use_mask[:num_rows],
                 result.tokens,
@@ -169,4 +190,5 @@ class StepBuffers:
             ),
             result=result,
             masked=masked,
+            drafts=self._drafts[:num_rows],
         )

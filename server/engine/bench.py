@@ -67,6 +67,7 @@ class EngineTimer:
             slots=slots,
             positions=positions + np.diff(starts),
             targets=minus,
+            drafts=minus,
             num_top=minus,
             use_mask=np.zeros(count, np.uint8),
             out_tokens=out,

@@ -18,6 +18,8 @@ ByteArray = npt.NDArray[np.uint8]
 
 MAX_TOP_LOGPROBS = 20  # width of out_top_*: OpenAI's limit for top_logprobs
 NO_TARGET = -1  # in `targets`: sample this row instead of scoring a given token
+NO_DRAFT_TOKEN = -1  # in `drafts`: no row leans on this one
+REJECT = 2**31 - 1  # in `drafts`: what no row samples
 NO_LOGPROBS = -1  # in `num_top`
 NO_ADAPTER = -1  # in `lora_slots`
 
@@ -50,7 +52,7 @@ class Core(Protocol):
     def block_size(self) -> int: ...
     @property
     def masks(self) -> IntArray:
-        """(max_num_seqs, mask_words), writable: row = slot, bit = allowed token."""
+        """(max_logit_rows, mask_words), writable: row = logit row of the step, bit = allowed token."""
 
     def set_sequence(
         self,
@@ -98,6 +100,7 @@ class Core(Protocol):
         slots: IntArray,
         positions: IntArray,
         targets: IntArray,
+        drafts: IntArray,
         num_top: IntArray,
         use_mask: ByteArray,
         out_tokens: IntArray,
@@ -108,7 +111,9 @@ class Core(Protocol):
     ) -> None:
         """Sample or score the rows of the last `forward`: (R,) each, `out_top_*` (R, 20).
 
-        `positions` is the absolute position of the token being sampled or scored.
+        `positions` is the absolute position of the token being sampled or scored. `drafts` is the token that the next
+        row, of the same slot, was computed with, or NO_DRAFT_TOKEN: when another one is sampled, that row and those
+        that lean on it are not sampled, and get token -1.
         """
 
     def step(
@@ -122,6 +127,7 @@ class Core(Protocol):
         slots: IntArray,
         positions: IntArray,
         targets: IntArray,
+        drafts: IntArray,
         num_top: IntArray,
         use_mask: ByteArray,
         out_tokens: IntArray,

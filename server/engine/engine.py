@@ -21,6 +21,7 @@ from functools import partial
 from server.engine.adapters import AdapterSlots, LoadedAdapter, pack
 from server.engine.block_manager import BlockManager
 from server.engine.core_api import Core
+from server.engine.drafting import Drafter
 from server.engine.limits import EngineLimits
 from server.engine.lora_types import LoraWeights
 from server.engine.params import EngineOutput, Grammar, SamplingParams
@@ -41,6 +42,8 @@ MAX_STEP_FAILURES = 3
 class Engine:
     """`max_waiting`: requests beyond `max_num_seqs` that may queue. Limits default to the core's own.
 
+    `max_draft_tokens`: guesses a sequence and step; 0 computes no token before the one before it is sampled.
+
     Raises ConfigError when the limits do not fit the core.
     """
 
@@ -56,6 +59,7 @@ class Engine:
         max_num_batched_tokens: int | None = None,
         max_mixed_prefill_tokens: int = MAX_MIXED_PREFILL_TOKENS,
         enable_prefix_caching: bool = True,
+        max_draft_tokens: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limits = EngineLimits.resolve(
@@ -73,6 +77,7 @@ class Engine:
         self._limits = limits
         self._counters = Counters()
         self._blocks = BlockManager(limits.num_blocks, core.block_size, enable_prefix_caching=enable_prefix_caching)
+        self._drafter = Drafter(max_draft_tokens, self._counters) if max_draft_tokens else None
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=limits.max_num_seqs,
@@ -80,6 +85,7 @@ class Engine:
             max_logit_rows=core.max_logit_rows,
             max_mixed_prefill_tokens=limits.max_mixed_prefill_tokens,
             counters=self._counters,
+            drafter=self._drafter,
         )
         self._runner = Runner(
             core,
@@ -255,9 +261,12 @@ class Engine:
         start = self._clock()
         plan = self._scheduler.schedule()
         result = self._runner.run(plan)
-        num_seqs = len(plan.sequences)
+        num_seqs, num_rows = len(plan.sequences), len(result.tokens)
         self._scheduler.postprocess(plan, result, outputs)
-        self._counters.count_step(num_seqs, self._clock() - start)
+        seconds = self._clock() - start
+        self._counters.count_step(num_seqs, seconds)
+        if self._drafter is not None and not plan.has_prompts:
+            self._drafter.cost.observe(num_rows, seconds)
 
     def _accept(self, seq: Sequence, stream: TokenStream, outputs: Outputs) -> None:
         self._num_submitted -= 1

@@ -41,6 +41,12 @@ class SamplingParams:
     """None: no log-probabilities; n: the chosen token's and the n most likely ones'."""
     num_prompt_logprobs: int | None = None
     """As `num_logprobs`, for the prompt's tokens (bypasses the prefix cache)."""
+    speculation: bool = True
+    """Tokens may be computed before they are sampled: the same answer, sooner."""
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +88,12 @@ class Grammar(Protocol):
 
     def is_finished(self) -> bool:
         """True when nothing but the end may follow."""
+
+    def fork(self) -> "Grammar":
+        """One more in the same state, to walk ahead on; cheap."""
+
+    def take(self, token_ids: Sequence[int]) -> int:
+        """Take tokens up to the first that is not accepted, which changes nothing; returns how many."""
+
+    def forced_tokens(self) -> list[int]:
+        """What must come next: the masks on the way leave each of these tokens and no other. Changes nothing."""

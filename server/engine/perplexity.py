@@ -71,6 +71,7 @@ def window_logprobs(core: "_sterna.Core", ids: np.ndarray) -> np.ndarray:
             slots=np.zeros(count, np.int32),
             positions=begin + 1 + index,
             targets=ids[begin + 1 : begin + 1 + count],
+            drafts=minus,
             num_top=np.zeros(count, np.int32),
             use_mask=np.zeros(count, np.uint8),
             out_tokens=np.empty(count, np.int32),

@@ -1,7 +1,8 @@
 """The "run" of schedule, run, postprocess: one plan through the core.
 
 A step without grammars is one core call. With grammars the masks are filled on a worker thread while the forward pass
-runs (both off the GIL), then the sampler runs. A grammar that raises ends its own sequence, not its neighbours'.
+runs (both off the GIL), then the sampler runs. A grammar that raises ends its own sequence, not its neighbours'; one
+that raises on the way of a guess that may be wrong only ends the draft before it.
 """
 
 import logging
@@ -9,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from server.engine.batch import StepBuffers
-from server.engine.core_api import Core
-from server.engine.scheduler import StepPlan, StepResult
+from server.engine.batch import StepArrays, StepBuffers
+from server.engine.core_api import REJECT, Core
+from server.engine.params import Grammar
 from server.engine.sequence import Sequence
+from server.engine.step import StepPlan, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class Runner:
             return arrays.result
         if self._mask_thread is None:
             self._mask_thread = ThreadPoolExecutor(1, thread_name_prefix="sterna-masks")
-        filling = self._mask_thread.submit(self._fill_masks, arrays.masked)
+        filling = self._mask_thread.submit(self._fill_masks, arrays)
         try:
             self._core.forward(*arrays.forward)
         finally:
@@ -45,20 +47,36 @@ class Runner:
         if self._mask_thread is not None:
             self._mask_thread.shutdown()
 
-    def _fill_masks(self, sequences: list[Sequence]) -> None:
-        for seq in sequences:
+    def _fill_masks(self, arrays: StepArrays) -> None:
+        for seq, first_row in arrays.masked:
             assert seq.grammar is not None
-            mask = self._masks[seq.slot]
-            mask.fill(0)
-            try:
-                seq.grammar.fill_mask(mask)
-            except (ValueError, RuntimeError) as error:  # what llguidance raises
-                log.exception("grammar of sequence %d failed", seq.seq_id)
-                seq.error = f"the grammar failed: {error}"
-            if seq.error is None and not mask.any():
-                seq.error = "the grammar allows no token"
-            if seq.error is not None:
-                mask.fill(-1)  # the row is sampled with the others and thrown away
+            ahead, draft = seq.grammar, seq.draft
+            if draft.tokens:
+                ahead = ahead.fork()
+            walked = 0
+            for row, place in enumerate(draft.rows, first_row):
+                ahead.take(draft.tokens[walked:place])
+                walked = place
+                error = self._fill_mask(ahead, row)
+                if error is None:
+                    continue
+                self._masks[row].fill(-1)  # the row is sampled with the others and thrown away
+                if row == first_row:
+                    log.error("sequence %d: %s", seq.seq_id, error)
+                    seq.error = error
+                else:
+                    arrays.drafts[row - 1] = REJECT
+                break
+
+    def _fill_mask(self, grammar: Grammar, row: int) -> str | None:
+        """Returns what is wrong."""
+        mask = self._masks[row]
+        mask.fill(0)
+        try:
+            grammar.fill_mask(mask)
+        except (ValueError, RuntimeError) as error:  # what llguidance raises
+            return f"the grammar failed: {error}"
+        return None if mask.any() else "the grammar allows no token"
 
     def _set_sequence(self, seq: Sequence) -> None:
         """(Re)build the slot's sampling state; after a preemption the penalties count the output so far again."""

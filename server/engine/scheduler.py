@@ -9,47 +9,18 @@ The only file that changes `Sequence.state`. Not covered: arrays and the core (b
 """
 
 from bisect import insort
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from server.engine.block_manager import BlockManager
-from server.engine.core_api import FloatArray, IntArray
-from server.engine.params import EngineOutput, FinishReason, TokenLogprob
-from server.engine.sequence import Sequence, SequenceState
+from server.engine.drafting import Drafter
+from server.engine.params import EngineOutput, FinishReason
+from server.engine.sequence import NO_DRAFT, Sequence, SequenceState
 from server.engine.stats import Counters
+from server.engine.step import StepPlan, StepResult, token_logprobs
 
 MAX_MIXED_PREFILL_TOKENS = 64
 """Prompt tokens in a step that also decodes. 64 rows take a few times as long as a decode step of a few rows (weights
 are read once either way), which bounds the gap between two tokens of a running answer; without decodes the whole
 budget is used."""
-
-
-@dataclass(slots=True)
-class StepPlan:
-    """One step: `sequences[i]` computes its next `num_tokens[i]` tokens; the first `num_decodes` have one each."""
-
-    sequences: list[Sequence] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    num_score_rows: list[int] = field(default_factory=list)
-    num_decodes: int = 0
-    admitted: list[Sequence] = field(default_factory=list)
-    """Their slots need `set_sequence` before the step."""
-
-    def add(self, seq: Sequence, num_tokens: int, num_score_rows: int) -> None:
-        self.sequences.append(seq)
-        self.num_tokens.append(num_tokens)
-        self.num_score_rows.append(num_score_rows)
-
-
-@dataclass(slots=True)
-class StepResult:
-    """The sampler's output rows, in the order of the plan's logit rows. Views: good until the next step."""
-
-    tokens: IntArray
-    logprobs: FloatArray
-    top_ids: IntArray
-    top_logprobs: FloatArray
 
 
 Outputs = list[tuple[Sequence, EngineOutput]]
@@ -65,6 +36,7 @@ class Scheduler:
         max_logit_rows: int,
         max_mixed_prefill_tokens: int,
         counters: Counters,
+        drafter: Drafter | None = None,
     ) -> None:
         assert max_num_batched_tokens >= max_num_seqs, "every decode must fit one step"
         assert max_logit_rows >= max_num_seqs, "every decode must get its logits"
@@ -75,6 +47,7 @@ class Scheduler:
         self._max_logit_rows = max_logit_rows
         self._max_mixed_prefill_tokens = max_mixed_prefill_tokens
         self._counters = counters
+        self._drafter = drafter
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         # Both in order of arrival.
         self.waiting: list[Sequence] = []
@@ -93,11 +66,10 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Pick the next step's work. Never empty while there is work."""
         plan = StepPlan()
-        self._schedule_decodes(plan)
-        budget = self._max_tokens - plan.num_decodes
-        if plan.num_decodes:
+        decodes = self._pick_decodes()
+        budget, rows = self._plan_decodes(plan, decodes)
+        if decodes:
             budget = min(budget, self._max_mixed_prefill_tokens)
-        rows = self._max_logit_rows - plan.num_decodes
         for seq in self.running:
             if budget == 0 or rows == 0:
                 break
@@ -108,9 +80,10 @@ class Scheduler:
         assert plan.sequences or not self.has_work, "the scheduler is stuck"
         return plan
 
-    def _schedule_decodes(self, plan: StepPlan) -> None:
+    def _pick_decodes(self) -> list[Sequence]:
         """Every running sequence with one token to go; `running` may shrink from its end while we walk it."""
         running, block_size = self.running, self._blocks.block_size
+        decodes: list[Sequence] = []
         index = 0
         while index < len(running):
             seq = running[index]
@@ -124,8 +97,40 @@ class Scheduler:
                     self._preempt(seq)
                     break
                 self._blocks.append_block(seq)
-            plan.add(seq, 1, 0)
+            decodes.append(seq)
+        return decodes
+
+    def _plan_decodes(self, plan: StepPlan, decodes: list[Sequence]) -> tuple[int, int]:
+        """First those with their one token, then those with a draft; what is left of both budgets."""
+        budget, rows = self._max_tokens - len(decodes), self._max_logit_rows - len(decodes)
+        drafted: list[Sequence] = []
+        if self._drafter is not None:
+            self._drafter.begin_step(len(decodes))
+        for seq in decodes:
+            num_tokens, num_rows = self._draft(seq, budget, rows)
+            if num_tokens:
+                drafted.append(seq)
+                budget, rows = budget - num_tokens, rows - num_rows
+            else:
+                plan.add(seq, 1, 0)
         plan.num_decodes = len(plan.sequences)
+        for seq in drafted:
+            plan.add(seq, 1, 0)
+        return budget, rows
+
+    def _draft(self, seq: Sequence, budget: int, rows: int) -> tuple[int, int]:
+        """Give `seq` a draft, and the blocks for it; returns its tokens, and its logit rows but the one there was."""
+        if self._drafter is None:
+            return 0, 0
+        room = min(budget, seq.max_length - len(seq.token_ids) - 1)
+        # A draft takes no block that somebody else may need in one of the next 16 steps: it must not cost a preemption.
+        num_spare = max(self._blocks.num_available - len(self.running), 0)
+        size = self._blocks.block_size
+        room = min(room, (len(seq.blocks) + num_spare) * size - len(seq.token_ids))
+        seq.draft = draft = self._drafter.draft(seq, room, rows)
+        while len(seq.blocks) * size < len(seq.token_ids) + len(draft.tokens):
+            self._blocks.append_block(seq)
+        return len(draft.tokens), len(draft.rows) - 1
 
     def _add_chunk(self, plan: StepPlan, seq: Sequence, budget: int, rows: int) -> tuple[int, int]:
         """Add as much of `seq`'s uncomputed tokens as fits; return what is left of both budgets."""
@@ -135,8 +140,12 @@ class Scheduler:
             num_tokens = min(num_tokens, rows)  # at most one logit row a token
             num_scores = seq.num_score_rows(num_tokens)
         plan.add(seq, num_tokens, num_scores)
-        num_samples = 1 if num_tokens == seq.num_uncomputed else 0
-        return budget - num_tokens, rows - num_scores - num_samples
+        plan.has_prompts = True
+        budget, rows = budget - num_tokens, rows - num_scores
+        if num_tokens < seq.num_uncomputed:
+            return budget, rows
+        num_drafted, num_rows = self._draft(seq, budget, rows - 1)
+        return budget - num_drafted, rows - 1 - num_rows
 
     def _admit(self, plan: StepPlan, budget: int, rows: int) -> None:
         """Start waiting sequences in order of arrival while slots, blocks and both budgets last."""
@@ -213,49 +222,74 @@ class Scheduler:
     def postprocess(self, plan: StepPlan, result: StepResult, outputs: Outputs) -> None:
         """Take in a step's tokens: publish blocks, append, finish. What clients get is appended to `outputs`."""
         tokens = result.tokens.tolist()
-        block_size = self._blocks.block_size
         row = 0
         for seq, num_tokens, num_scores in zip(plan.sequences, plan.num_tokens, plan.num_score_rows, strict=True):
-            seq.num_computed += num_tokens
-            if seq.num_computed >= (seq.num_published + 1) * block_size:
-                self._blocks.publish(seq)
             if num_scores:
                 assert seq.prompt_logprobs is not None
                 num_top = seq.params.num_prompt_logprobs
                 assert num_top is not None
-                seq.prompt_logprobs += _token_logprobs(result, row, row + num_scores, num_top)
+                seq.prompt_logprobs += token_logprobs(result, row, row + num_scores, num_top)
                 row += num_scores
+            seq.num_computed += num_tokens
             if seq.num_computed < len(seq.token_ids):
+                self._publish(seq)
                 continue  # in the middle of its prompt
-            logprobs = None if seq.params.num_logprobs is None else _token_logprobs(result, row, row + 1, seq.num_top)
-            outputs.append((seq, self._take_token(seq, tokens[row], logprobs)))
-            row += 1
+            draft, seq.draft = seq.draft, NO_DRAFT
+            if seq.error is not None:
+                outputs.append((seq, self._fail(seq, draft.tokens[: draft.rows[0]])))
+            elif draft is NO_DRAFT:
+                outputs.append((seq, self._take_tokens(seq, tokens[row : row + 1], result, row)))
+            else:
+                assert self._drafter is not None
+                taken = draft.held(tokens[row : row + len(draft.rows)])
+                outputs.append((seq, self._take_tokens(seq, taken, result, row)))
+                self._drafter.learn(seq, draft, taken)
+            row += len(draft.rows)
         assert row == len(tokens)
 
-    def _take_token(self, seq: Sequence, token: int, logprobs: list[TokenLogprob] | None) -> EngineOutput:
-        if seq.error is not None:  # its grammar failed while the forward pass ran: the token is meaningless
-            self._finish(seq, "error")
-            return EngineOutput(finish_reason="error", error=seq.error, num_cached_tokens=seq.num_cached_tokens)
-        seq.token_ids.append(token)
-        self._counters.generated_tokens += 1
+    def _publish(self, seq: Sequence) -> None:
+        if seq.num_computed >= (seq.num_published + 1) * self._blocks.block_size:
+            self._blocks.publish(seq)
+
+    def _take_tokens(self, seq: Sequence, tokens: list[int], result: StepResult, row: int) -> EngineOutput:
+        """Append `tokens` up to an end. All but the last have been computed too."""
         reason: FinishReason | None = None
-        if token in seq.end_token_ids:
-            reason = "stop"
-        elif seq.grammar is not None and not seq.grammar.advance(token):
-            reason, seq.error = "error", f"the grammar does not accept token {token}"
-        elif len(seq.token_ids) >= seq.max_length:
-            reason = "length"
+        num_before = len(seq.token_ids)
+        for token in tokens:
+            seq.token_ids.append(token)
+            if token in seq.end_token_ids:
+                reason = "stop"
+            elif seq.grammar is not None and not seq.grammar.advance(token):
+                reason, seq.error = "error", f"the grammar does not accept token {token}"
+            elif len(seq.token_ids) >= seq.max_length:
+                reason = "length"
+            if reason is not None:
+                break
+        num_taken = len(seq.token_ids) - num_before
+        seq.num_computed += num_taken - 1
+        self._publish(seq)
+        self._counters.generated_tokens += num_taken
+        logprobs = None
+        if seq.params.num_logprobs is not None:
+            logprobs = token_logprobs(result, row, row + num_taken, seq.num_top)
         prompt_logprobs, seq.prompt_logprobs = seq.prompt_logprobs, None
         if reason is not None:
             self._finish(seq, reason)
         return EngineOutput(
-            token_ids=(token,),
+            token_ids=tuple(tokens[:num_taken]),
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             finish_reason=reason,
             stop_token_id=token if reason == "stop" else None,
             error=seq.error,
             num_cached_tokens=seq.num_cached_tokens,
+        )
+
+    def _fail(self, seq: Sequence, tokens: list[int]) -> EngineOutput:
+        """Its grammar failed while the forward pass ran: what was sampled is meaningless, `tokens` were forced."""
+        self._finish(seq, "error")
+        return EngineOutput(
+            tuple(tokens), finish_reason="error", error=seq.error, num_cached_tokens=seq.num_cached_tokens
         )
 
     # -- endings ----------------------------------------------------------------------------------------------------
@@ -280,14 +314,3 @@ class Scheduler:
 
 def _arrival(seq: Sequence) -> int:
     return seq.seq_id
-
-
-def _token_logprobs(result: StepResult, start: int, stop: int, num_top: int) -> list[TokenLogprob]:
-    ids = result.tokens[start:stop].tolist()
-    values = result.logprobs[start:stop].tolist()
-    top_ids: list[list[int]] = np.asarray(result.top_ids[start:stop, :num_top]).tolist()
-    top_values: list[list[float]] = np.asarray(result.top_logprobs[start:stop, :num_top]).tolist()
-    return [
-        TokenLogprob(token_id, logprob, tuple(zip(tops, top_logprobs, strict=True)))
-        for token_id, logprob, tops, top_logprobs in zip(ids, values, top_ids, top_values, strict=True)
-    ]

@@ -1,11 +1,12 @@
 """One request inside the engine: its tokens, its blocks, where it is in its life.
 
 A sequence is data. Only scheduler.py changes `state`; only block_manager.py changes `blocks`, `block_keys` and
-`num_published`. Tokens lie in one int array, prompt first, so that a preempted sequence's output is simply the
-longer prompt of its next life.
+`num_published`; only drafting.py makes drafts. Tokens lie in one int array, prompt first, so that a preempted
+sequence's output is simply the longer prompt of its next life.
 """
 
 from array import array
+from dataclasses import dataclass
 from enum import Enum
 
 from server.engine.adapters import LoadedAdapter
@@ -21,6 +22,46 @@ class SequenceState(Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """A token of a draft that is sampled all the same, because it may be wrong or its log-probability is wanted."""
+
+    index: int
+    """In the draft."""
+    length: int
+    """Tokens before it that matched where it was copied from; 0 when it is forced."""
+    token: int = -1
+    """Set when the guess was not computed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that the next step computes after a sequence's own, as if they had been sampled."""
+
+    tokens: list[int]
+    rows: list[int]
+    """Row r comes after the first r draft tokens and samples the one at r. Only these rows get logits: one before
+    every guess, and the last."""
+    guesses: list[Guess]
+    unpaid: Guess | None = None
+    """What was not worth a row; still compared with what is sampled there."""
+
+    def held(self, sampled: list[int]) -> list[int]:
+        """The tokens that come of it, given one a row: those that are as drafted, and the first that is not."""
+        tokens: list[int] = []
+        for row, token in zip(self.rows, sampled, strict=True):
+            if token < 0:  # not sampled: the row before it was told to end the draft
+                break
+            tokens += self.tokens[len(tokens) : row]
+            tokens.append(token)
+            if row == len(self.tokens) or token != self.tokens[row]:
+                break
+        return tokens
+
+
+NO_DRAFT = Draft([], [0], [])
+
+
 class Sequence:
     """`seq_id` is the order of arrival: smaller runs first and is preempted last."""
 
@@ -29,6 +70,8 @@ class Sequence:
         "block_keys",
         "blocks",
         "cache_salt",
+        "draft",
+        "draft_pause",
         "end_token_ids",
         "error",
         "finish_reason",
@@ -37,12 +80,15 @@ class Sequence:
         "max_length",
         "num_cached_tokens",
         "num_computed",
+        "num_held",
         "num_prefix_waits",
         "num_prompt",
         "num_published",
+        "num_tested",
         "num_top",
         "params",
         "prompt_logprobs",
+        "samples_forced",
         "seed",
         "seq_id",
         "slot",
@@ -79,6 +125,8 @@ class Sequence:
         self.lora_slot = adapter.slot if adapter is not None else NO_ADAPTER
         self.num_top = params.num_logprobs if params.num_logprobs is not None else NO_LOGPROBS
         self.use_mask = 1 if grammar is not None else 0
+        # The sampler counts for the penalties what it samples, and log-probabilities need a row's logits.
+        self.samples_forced = params.has_penalties or params.num_logprobs is not None
 
         self.state = SequenceState.WAITING
         self.finish_reason: FinishReason | None = None
@@ -90,6 +138,10 @@ class Sequence:
         self.num_prefix_waits = 0  # steps spent waiting for somebody else to compute the same block
         self.blocks: list[int] = []
         self.block_keys: list[bytes] = []  # of full blocks, as far as anybody asked
+        self.draft = NO_DRAFT  # of the step that is planned
+        self.draft_pause = 0  # steps in which no guess is looked for
+        self.num_tested = 0.0  # guesses compared, recent ones weighing more
+        self.num_held = 0.0  # of them right
         self.num_published = 0  # leading blocks that are in the prefix cache, or were offered to it
         # Entry 0 has no predecessor. None when nobody asked, or once delivered.
         self.prompt_logprobs: list[TokenLogprob | None] | None = [None] if self.wants_prompt_logprobs else None

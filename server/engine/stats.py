@@ -26,6 +26,14 @@ class EngineStats:
     prompt_tokens: int
     """Of admitted requests, cached ones included."""
     generated_tokens: int
+    num_drafts: int
+    """Steps of a sequence that carried guesses."""
+    draft_tokens: int
+    """Guesses computed."""
+    accepted_tokens: int
+    """Of them equal to what was sampled."""
+    forced_tokens: int
+    """Tokens that a grammar left no choice about, computed along with others."""
     num_preemptions: int
     num_steps: int
     num_step_errors: int
@@ -43,6 +51,10 @@ class Counters:
     prefix_hit_tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    num_drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    forced_tokens: int = 0
     num_preemptions: int = 0
     num_steps: int = 0
     num_step_errors: int = 0
@@ -71,6 +83,10 @@ class Counters:
             prefix_hit_tokens=self.prefix_hit_tokens,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated_tokens,
+            num_drafts=self.num_drafts,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
+            forced_tokens=self.forced_tokens,
             num_preemptions=self.num_preemptions,
             num_steps=self.num_steps,
             num_step_errors=self.num_step_errors,

@@ -7,6 +7,7 @@ slow reader are handed over as one. Used from the event loop's thread only.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 from server.engine.params import EngineOutput, TokenLogprob
@@ -87,3 +88,23 @@ def merge_outputs(outputs: Sequence[EngineOutput]) -> EngineOutput:
         error=last.error,
         num_cached_tokens=last.num_cached_tokens,
     )
+
+
+def split_output(output: EngineOutput) -> list[EngineOutput]:
+    """The outputs of one token each that merge to `output`."""
+    count = len(output.token_ids)
+    if count <= 1:
+        return [output]
+    parts = [
+        EngineOutput(
+            token_ids=(token_id,),
+            logprobs=None if output.logprobs is None else output.logprobs[index : index + 1],
+            num_cached_tokens=output.num_cached_tokens,
+        )
+        for index, token_id in enumerate(output.token_ids)
+    ]
+    parts[0] = replace(parts[0], prompt_logprobs=output.prompt_logprobs)
+    parts[-1] = replace(
+        parts[-1], finish_reason=output.finish_reason, stop_token_id=output.stop_token_id, error=output.error
+    )
+    return parts

@@ -90,6 +90,11 @@ class ToolCallParser:
         self._call_is_last = False  # no content since the last call: trailing whitespace is dropped
         self._events: list[Event] = []
 
+    @property
+    def may_end_early(self) -> bool:
+        """`done` may come before the answer's end."""
+        return not self._parallel
+
     def push(self, text: str) -> list[Event]:
         """Take the next piece of the answer; returns what became certain."""
         if not self.done:

@@ -11,6 +11,7 @@
 #include <stdexcept>
 
 #include "core.h"
+#include "lookup.h"
 #include "lora.h"
 #include "repack.h"
 
@@ -142,7 +143,7 @@ Batch batch_of(Ints token_ids, Ints seq_starts, Ints seq_positions, Ints2 block_
 }
 
 struct SampleArgs {
-  Ints slots, positions, targets, num_top;
+  Ints slots, positions, targets, drafts, num_top;
   Flags use_mask;
   IntsOut tokens;
   FloatsOut logprobs;
@@ -150,13 +151,13 @@ struct SampleArgs {
   FloatsOut2 top_logprobs;
   void check() const {
     const size_t n = slots.size();
-    require(positions.size() == n && targets.size() == n && num_top.size() == n && use_mask.size() == n &&
-                tokens.size() >= n && logprobs.size() >= n && top_ids.shape(0) >= n && top_logprobs.shape(0) >= n,
+    require(positions.size() == n && targets.size() == n && drafts.size() == n && num_top.size() == n &&
+                use_mask.size() == n && tokens.size() >= n && logprobs.size() >= n && top_ids.shape(0) >= n && top_logprobs.shape(0) >= n,
             "the arrays of sample() differ in length");
   }
   void run(Core& core) const {
-    core.sample(static_cast<int>(slots.size()), slots.data(), positions.data(), targets.data(), num_top.data(),
-                use_mask.data(), tokens.data(), logprobs.data(), top_ids.data(), top_logprobs.data());
+    core.sample(static_cast<int>(slots.size()), slots.data(), positions.data(), targets.data(), drafts.data(),
+                num_top.data(), use_mask.data(), tokens.data(), logprobs.data(), top_ids.data(), top_logprobs.data());
   }
 };
 
@@ -167,19 +168,19 @@ void core_forward(Core& core, Ints token_ids, Ints seq_starts, Ints seq_position
   core.forward(batch);
 }
 
-void core_sample(Core& core, Ints slots, Ints positions, Ints targets, Ints num_top, Flags use_mask, IntsOut tokens,
-                 FloatsOut logprobs, IntsOut2 top_ids, FloatsOut2 top_logprobs) {
-  const SampleArgs args{slots, positions, targets, num_top, use_mask, tokens, logprobs, top_ids, top_logprobs};
+void core_sample(Core& core, Ints slots, Ints positions, Ints targets, Ints drafts, Ints num_top, Flags use_mask,
+                 IntsOut tokens, FloatsOut logprobs, IntsOut2 top_ids, FloatsOut2 top_logprobs) {
+  const SampleArgs args{slots, positions, targets, drafts, num_top, use_mask, tokens, logprobs, top_ids, top_logprobs};
   args.check();
   nb::gil_scoped_release release;
   args.run(core);
 }
 
 void core_step(Core& core, Ints token_ids, Ints seq_starts, Ints seq_positions, Ints2 block_tables, Ints lora_slots,
-               Ints logit_rows, Ints slots, Ints positions, Ints targets, Ints num_top, Flags use_mask, IntsOut tokens,
-               FloatsOut logprobs, IntsOut2 top_ids, FloatsOut2 top_logprobs) {
+               Ints logit_rows, Ints slots, Ints positions, Ints targets, Ints drafts, Ints num_top, Flags use_mask,
+               IntsOut tokens, FloatsOut logprobs, IntsOut2 top_ids, FloatsOut2 top_logprobs) {
   const Batch batch = batch_of(token_ids, seq_starts, seq_positions, block_tables, lora_slots, logit_rows);
-  const SampleArgs args{slots, positions, targets, num_top, use_mask, tokens, logprobs, top_ids, top_logprobs};
+  const SampleArgs args{slots, positions, targets, drafts, num_top, use_mask, tokens, logprobs, top_ids, top_logprobs};
   args.check();
   require(slots.size() == logit_rows.size(), "one slot a logit row");
   nb::gil_scoped_release release;
@@ -230,6 +231,11 @@ nb::list available_isas() {
   return out;
 }
 
+std::pair<int, int> match_once(Ints tokens, int min_length, int max_length) {
+  const Match match = find_match(tokens.data(), static_cast<int>(tokens.size()), min_length, max_length);
+  return {match.at, match.length};
+}
+
 void bind_matrix(nb::module_& m) {
   nb::class_<Matrix>(m, "Matrix")
       .def(nb::init<int, Bytes, int, int, std::optional<Ints>>(), "ggml_type"_a, "data"_a, "rows"_a, "cols"_a,
@@ -240,6 +246,7 @@ void bind_matrix(nb::module_& m) {
   m.def("probe_dot", &probe_dot, "isa"_a, "rounds"_a);
   m.def("probe_read", &probe_read, "data"_a, "isa"_a, "repeat"_a = 1);
   m.def("uniform", &philox_uniform, "seed"_a, "choice"_a, "position"_a);
+  m.def("find_match", &match_once, "tokens"_a, "min_length"_a, "max_length"_a);
   m.def("available_isas", &available_isas);
 }
 
@@ -294,7 +301,7 @@ void bind_core(nb::module_& m) {
           "masks",
           [](Core& c) {
             return nb::ndarray<nb::numpy, int32_t, nb::ndim<2>>(
-                c.masks(), {static_cast<size_t>(c.limits().max_num_seqs), static_cast<size_t>(c.mask_words())}, nb::find(&c));
+                c.masks(), {static_cast<size_t>(c.limits().max_logit_rows), static_cast<size_t>(c.mask_words())}, nb::find(&c));
           },
           nb::rv_policy::reference_internal)
       .def("logits",
@@ -312,10 +319,10 @@ void bind_core(nb::module_& m) {
       // No conversions: a converted output array would be written and thrown away.
       .def("forward", &core_forward, "token_ids"_a.noconvert(), "seq_starts"_a.noconvert(), "seq_positions"_a.noconvert(), "block_tables"_a.noconvert(), "lora_slots"_a.noconvert(),
            "logit_rows"_a.noconvert())
-      .def("sample", &core_sample, "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
+      .def("sample", &core_sample, "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "drafts"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
            "out_logprobs"_a.noconvert(), "out_top_ids"_a.noconvert(), "out_top_logprobs"_a.noconvert())
       .def("step", &core_step, "token_ids"_a.noconvert(), "seq_starts"_a.noconvert(), "seq_positions"_a.noconvert(), "block_tables"_a.noconvert(), "lora_slots"_a.noconvert(),
-           "logit_rows"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
+           "logit_rows"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "drafts"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
            "out_logprobs"_a.noconvert(), "out_top_ids"_a.noconvert(), "out_top_logprobs"_a.noconvert())
       .def("profile",  // seconds by op since the last call
            [](Core& c, bool is_on) {

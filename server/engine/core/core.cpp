@@ -46,7 +46,7 @@ Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(m
   cos_sin_ = arena_.allocate_array<float>(rows * s.rope_dim);
   lora_t_ = arena_.allocate_array<float>(rows * 3 * kMaxLoraRank);  // three projections at a time
   logits_ = arena_.allocate_array<float>(limits.max_logit_rows * logit_stride_);
-  masks_ = arena_.allocate_array<int32_t>(static_cast<size_t>(limits.max_num_seqs) * mask_words_);
+  masks_ = arena_.allocate_array<int32_t>(static_cast<size_t>(limits.max_logit_rows) * mask_words_);
   const int64_t widest = std::max({hidden_stride_, ffn_stride_, q_stride_});
   quantized_ = arena_.allocate_array<ActBlock>(static_cast<size_t>((rows + 7) / 8 * 8 * ((widest + kBlock - 1) / kBlock)));
 
@@ -62,6 +62,7 @@ Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(m
   row_seq_.resize(rows);
   row_position_.resize(rows);
   lora_rows_.resize(rows);
+  runs_.reserve(static_cast<size_t>(limits.max_logit_rows) + 1);
   lora_groups_.reserve(static_cast<size_t>(limits.max_loras));
   lora_group_of_.assign(static_cast<size_t>(limits.max_loras), -1);
   loras_.resize(static_cast<size_t>(limits.max_loras));
@@ -284,18 +285,19 @@ SamplingState& Core::sequence(int slot) {
 }
 
 void Core::sample(int count, const int32_t* slots, const int32_t* positions, const int32_t* targets,
-                  const int32_t* num_top, const uint8_t* use_mask, int32_t* out_tokens, float* out_logprobs,
-                  int32_t* out_top_ids, float* out_top_logprobs) {
+                  const int32_t* drafts, const int32_t* num_top, const uint8_t* use_mask, int32_t* out_tokens,
+                  float* out_logprobs, int32_t* out_top_ids, float* out_top_logprobs) {
   if (count > limits_.max_logit_rows) fail("too many rows to sample");
   profile_.begin();
   const int vocab = model_->shape().vocab;
   for (int i = 0; i < count; ++i) {
     sequence(slots[i]);
     if (num_top[i] > 20 || targets[i] >= vocab) fail("num_top or target out of range");
+    if (drafts[i] >= 0 && (i + 1 == count || slots[i + 1] != slots[i])) fail("a draft without a row after it");
   }
-  model_->team().run(count, [&](int i, int member) {
+  const auto sample_one = [&](int i, int member) {
     const SampleRow row = {&sequences_[static_cast<size_t>(slots[i])],
-                           use_mask[i] ? masks_ + static_cast<int64_t>(slots[i]) * mask_words_ : nullptr, positions[i],
+                           use_mask[i] ? masks_ + static_cast<int64_t>(i) * mask_words_ : nullptr, positions[i],
                            targets[i], num_top[i]};
     SampleResult result;
     sample_row(model_->kernels(), row, logits_ + i * logit_stride_, vocab, scratch_[static_cast<size_t>(member)], &result);
@@ -305,9 +307,22 @@ void Core::sample(int count, const int32_t* slots, const int32_t* positions, con
       out_top_ids[i * 20 + j] = result.top_ids[j];
       out_top_logprobs[i * 20 + j] = result.top_logprobs[j];
     }
-  });
+    if (targets[i] < 0) sequences_[static_cast<size_t>(slots[i])].append(result.token);  // the next row's penalties
+  };
+  runs_.clear();  // a run's rows wait for one another, runs do not
   for (int i = 0; i < count; ++i)
-    if (targets[i] < 0) sequences_[static_cast<size_t>(slots[i])].append(out_tokens[i]);
+    if (i == 0 || drafts[i - 1] < 0) runs_.push_back(i);
+  const int runs = static_cast<int>(runs_.size());
+  runs_.push_back(count);
+  model_->team().run(runs, [&](int run, int member) {
+    int i = runs_[static_cast<size_t>(run)];
+    const int end = runs_[static_cast<size_t>(run) + 1];
+    for (bool holds = true; i < end && holds; ++i) {
+      sample_one(i, member);
+      holds = out_tokens[i] == drafts[i];
+    }
+    for (; i < end; ++i) out_tokens[i] = -1;
+  });
   profile_.lap(Op::Sample);
 }
 

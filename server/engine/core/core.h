@@ -48,12 +48,14 @@ class Core {
   int64_t logit_stride() const { return logit_stride_; }
 
   SamplingState& sequence(int slot);
-  int32_t* masks() { return masks_; }
+  int32_t* masks() { return masks_; }  // [max_logit_rows][mask_words]
   int mask_words() const { return mask_words_; }
-  // Samples or scores the logit rows of the last forward, in order.
-  void sample(int count, const int32_t* slots, const int32_t* positions, const int32_t* targets, const int32_t* num_top,
-              const uint8_t* use_mask, int32_t* out_tokens, float* out_logprobs, int32_t* out_top_ids,
-              float* out_top_logprobs);
+  // Samples or scores the logit rows of the last forward, in order. Where a row has a draft (else -1), the next row was
+  // computed as if that token would be sampled: it follows in the same slot, and when another token is, it and all rows
+  // that lean on it get token -1 and leave no trace. So a step may verify several tokens of a sequence.
+  void sample(int count, const int32_t* slots, const int32_t* positions, const int32_t* targets, const int32_t* drafts,
+              const int32_t* num_top, const uint8_t* use_mask, int32_t* out_tokens, float* out_logprobs,
+              int32_t* out_top_ids, float* out_top_logprobs);
 
   // Null empties the slot. Any thread, also during a step, if no sequence of the step uses the slot.
   void set_lora(int slot, std::shared_ptr<Lora> lora);
@@ -104,7 +106,7 @@ class Core {
   ActBlock* quantized_;
   int32_t* masks_;
   int group_ = 1;
-  std::vector<int32_t> row_seq_, row_position_, lora_rows_;
+  std::vector<int32_t> row_seq_, row_position_, lora_rows_, runs_;
   std::vector<LoraGroup> lora_groups_;
   std::vector<int32_t> lora_group_of_;  // by slot; -1 but inside group_lora_rows
   std::vector<std::shared_ptr<Lora>> loras_;

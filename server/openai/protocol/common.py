@@ -92,6 +92,8 @@ class SamplingFields(WireModel):
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
     stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
+    # An extension of our own.
+    speculation: bool | None = Field(None, description="false: every token is computed after the one before it")
     # Accepted: they cannot change the answer of a server that keeps nothing and has one tier.
     user: str | None = None
 

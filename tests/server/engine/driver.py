@@ -5,18 +5,25 @@ from collections.abc import Sequence as SequenceOf
 
 from server.engine.adapters import LoadedAdapter
 from server.engine.block_manager import BlockManager
+from server.engine.drafting import Drafter
 from server.engine.params import EngineOutput, Grammar, SamplingParams
 from server.engine.runner import Runner
-from server.engine.scheduler import Outputs, Scheduler, StepPlan
+from server.engine.scheduler import Outputs, Scheduler
 from server.engine.sequence import Sequence
 from server.engine.stats import Counters
+from server.engine.step import StepPlan
 from server.engine.stream import merge_outputs
 from tests.server.engine.fake_core import FakeCore, reference_tokens
 
 
 class Driver:
     def __init__(
-        self, core: FakeCore | None = None, *, max_mixed_prefill_tokens: int = 16, prefix_caching: bool = True
+        self,
+        core: FakeCore | None = None,
+        *,
+        max_mixed_prefill_tokens: int = 16,
+        prefix_caching: bool = True,
+        max_draft_tokens: int = 0,
     ):
         self.core = core or FakeCore()
         self.counters = Counters()
@@ -28,6 +35,7 @@ class Driver:
             max_logit_rows=self.core.max_logit_rows,
             max_mixed_prefill_tokens=max_mixed_prefill_tokens,
             counters=self.counters,
+            drafter=Drafter(max_draft_tokens, self.counters) if max_draft_tokens else None,
         )
         self.runner = Runner(
             self.core,

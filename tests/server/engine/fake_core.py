@@ -87,6 +87,8 @@ class FakeCore:
     num_blocks: int = 64
     block_size: int = 4
     max_loras: int = 4
+    context: int | None = None
+    """When given, logits hang almost only on the last so many tokens, so that greedy answers fall into loops."""
     fail_steps: int = 0
     """The next so many steps raise."""
     gate: threading.Event | None = None
@@ -98,7 +100,7 @@ class FakeCore:
 
     def __post_init__(self) -> None:
         self.mask_words = -(-self.vocab_size // 32)
-        self.masks = np.zeros((self.max_num_seqs, self.mask_words), np.int32)
+        self.masks = np.zeros((self.max_logit_rows, self.mask_words), np.int32)
         self.cells: list[list[Cell]] = [[NO_CELL] * self.block_size for _ in range(self.num_blocks)]
         self.samplers: dict[int, FakeSampler] = {}
         self.loras: dict[int, str] = {}
@@ -198,13 +200,19 @@ class FakeCore:
         last = int(seq_positions[seq] + row - seq_starts[seq])
         table = block_tables[seq].tolist()
         size = self.block_size
-        return history_logits((self.cells[table[p // size]][p % size] for p in range(last + 1)), self.vocab_size)
+        cells = [self.cells[table[p // size]][p % size] for p in range(last + 1)]
+        logits = history_logits(cells, self.vocab_size)
+        if self.context is None:
+            return logits
+        recent = [(token, 0, lora) for token, _, lora in cells[-self.context :]]
+        return history_logits(recent, self.vocab_size) + np.float32(0.02) * logits
 
     def sample(
         self,
         slots,
         positions,
         targets,
+        drafts,
         num_top,
         use_mask,
         out_tokens,
@@ -215,12 +223,17 @@ class FakeCore:
         assert self._logits is not None
         assert use_mask.dtype == np.uint8
         assert out_top_ids.shape == out_top_logprobs.shape == (len(slots), 20)
-        for given in (slots, positions, targets, num_top, use_mask, out_tokens, out_logprobs):
+        for given in (slots, positions, targets, drafts, num_top, use_mask, out_tokens, out_logprobs):
             assert given.shape == (len(self._logits),)
         for row, logits in enumerate(self._logits):
             token = int(targets[row])
             if token < 0:
-                allowed = self._allowed(int(slots[row])) if use_mask[row] else None
+                if row and drafts[row - 1] >= 0:
+                    assert slots[row] == slots[row - 1]
+                    if out_tokens[row - 1] != drafts[row - 1]:
+                        out_tokens[row] = -1
+                        continue
+                allowed = self._allowed(row) if use_mask[row] else None
                 token = self.samplers[int(slots[row])].sample(logits, int(positions[row]), allowed)
             out_tokens[row] = token
             if num_top[row] >= 0:
@@ -230,8 +243,8 @@ class FakeCore:
                 out_top_ids[row, : len(top)] = top
                 out_top_logprobs[row, : len(top)] = logprobs[top]
 
-    def _allowed(self, slot: int) -> np.ndarray:
-        bits = np.unpackbits(self.masks[slot].view(np.uint8), bitorder="little")
+    def _allowed(self, row: int) -> np.ndarray:
+        bits = np.unpackbits(self.masks[row].view(np.uint8), bitorder="little")
         return bits[: self.vocab_size].astype(bool)
 
     def new_lora(self) -> "FakeLora":

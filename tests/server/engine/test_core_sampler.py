@@ -63,6 +63,7 @@ class Sampler:
             np.arange(rows, dtype=np.int32),
             positions.astype(np.int32),
             full * target,
+            -full,
             full * top,
             np.full(rows, mask is not None, np.uint8),
             *out,
@@ -139,7 +140,7 @@ def test_penalties_count_what_the_core_sampled_itself(sampler: Sampler) -> None:
         token = np.empty(1, np.int32)
         minus = i32(-1)
         rest = (np.empty(1, np.float32), np.empty((1, 20), np.int32), np.empty((1, 20), np.float32))
-        sampler.core.sample(i32(0), i32(position), minus, minus, np.zeros(1, np.uint8), token, *rest)
+        sampler.core.sample(i32(0), i32(position), minus, minus, minus, np.zeros(1, np.uint8), token, *rest)
         seen.append(int(token[0]))
     assert len(set(seen)) == 30
 

@@ -3,8 +3,9 @@
 import asyncio
 import random
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from copy import copy
 
 import numpy as np
 import pytest
@@ -28,7 +29,9 @@ def prompt(seed: int, length: int = 10) -> list[int]:
 
 @asynccontextmanager
 async def running(core: FakeCore, **options) -> AsyncIterator[Engine]:
-    engine = Engine(core, **{"max_model_len": 250, "max_waiting": 64, "eog_token_ids": ENDS} | options)
+    engine = Engine(
+        core, **{"max_draft_tokens": 6, "max_model_len": 250, "max_waiting": 64, "eog_token_ids": ENDS} | options
+    )
     engine.start(asyncio.get_running_loop())
     try:
         yield engine
@@ -268,6 +271,23 @@ class CycleGrammar:
 
     def is_finished(self) -> bool:
         return self.taken >= self.length
+
+    def fork(self) -> "CycleGrammar":
+        return copy(self)
+
+    def take(self, token_ids: Sequence[int]) -> int:
+        for index, token_id in enumerate(token_ids):
+            if self.is_finished() or token_id != (self.taken % 3 + 1) * 10:
+                return index
+            self.taken += 1
+        return len(token_ids)
+
+    def forced_tokens(self) -> list[int]:
+        """Without its end, which a real grammar may force too."""
+        if self.length > 50:
+            return []
+        ends = (end for end in (self.length, self.fail_at, self.reject_at) if end is not None)
+        return [(taken % 3 + 1) * 10 for taken in range(self.taken, min(ends))]
 
 
 def test_grammar_restricts_its_own_sequence_only():

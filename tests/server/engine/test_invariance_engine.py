@@ -1,7 +1,7 @@
 """A request's tokens and log-probabilities are the same bits whatever else the engine does.
 
 The real engine, scheduler, prefix cache and core on a tiny random Q4_1 model with a Q8_0 embedding, like the default
-model: alone, among 31 others, on one thread or three, in chunks, from a hot cache, preempted, beside adapters.
+model: alone, among 31 others, on one thread or three, in chunks, from a hot cache, preempted, beside adapters, drafted.
 Every run is compared with the request alone in a fresh engine on one thread without cache.
 """
 
@@ -19,8 +19,9 @@ from quant.model_file import ModelFile, open_model
 from server.engine.engine import Engine
 from server.engine.lora_types import PROJECTIONS, LoraProjection, LoraWeights
 from server.engine.params import EngineOutput, SamplingParams
-from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence as EngineSequence
+from server.engine.step import StepPlan
 from server.engine.stream import merge_outputs
 from server.engine.weights import load_core
 from tests.patience import PATIENCE_SECONDS
@@ -109,6 +110,9 @@ class Run:
     max_num_batched_tokens: int = 256
     max_mixed_prefill_tokens: int = 64
     prefix_caching: bool = False
+    max_draft_tokens: int = 0
+    num_accepted: int = field(default=0, init=False)
+    """Drafted tokens of the last life that were right."""
     num_full_steps: int = field(default=0, init=False)
     """Steps of the last life with more than 16 sequences."""
 
@@ -129,9 +133,12 @@ class Run:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_mixed_prefill_tokens=self.max_mixed_prefill_tokens,
             enable_prefix_caching=self.prefix_caching,
+            max_draft_tokens=self.max_draft_tokens,
+            clock=lambda: 0.0,  # no cost is measured, so that how much is drafted does not hang on the machine
         )
         try:
             answers = asyncio.run(self._serve(engine, waves))
+            self.num_accepted = engine.stats().accepted_tokens
             self.num_full_steps = engine.stats().batch_size_counts[5]
             return answers
         finally:
@@ -196,6 +203,14 @@ SETTINGS = {
         "threads": 2,
         "prefix_caching": True,
     },
+    "drafts": {"max_draft_tokens": 6},
+    "drafts, small chunks, cache, three threads": {
+        "max_draft_tokens": 15,
+        "max_num_batched_tokens": 50,
+        "max_mixed_prefill_tokens": 19,
+        "threads": 3,
+        "prefix_caching": True,
+    },
 }
 
 
@@ -208,6 +223,34 @@ def test_among_31_others(settings: str, file: ModelFile, alone: Alone) -> None:
         assert run.num_full_steps >= 10
     for got, expected in zip(answers, alone.values(), strict=True):
         assert_same(got, expected)
+
+
+THREE_TOKENS = {7: 100.0, 8: 100.0, 9: 100.0}
+LOOPS = [
+    Request(
+        prompt(30 + i, 5 + i) * 6,
+        replace(subject.params, max_tokens=60, temperature=heat, seed=i, logit_bias=THREE_TOKENS),
+        adapter,
+    )
+    for i, subject in enumerate(list(SUBJECTS.values())[:3])
+    for heat, adapter in ((0.0, None), (0.0, 1), (0.3, 0))
+]
+"""Answers of three tokens only: many guesses, some right and some wrong."""
+
+
+@pytest.mark.parametrize("isa", _sterna.available_isas())
+def test_drafts_are_taken_back_without_a_trace(isa: str, file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accepted or not, in a pool too small for all and with preemptions, on every ISA."""
+    expected = [Run(file, isa=isa)([one])[0][0] for one in LOOPS]
+    run = Run(file, isa=isa, max_draft_tokens=8)
+    for got, one in zip(run(LOOPS)[0], expected, strict=True):
+        assert_same(got, one)
+    assert run.num_accepted >= 10
+    Preemptions(monkeypatch, every=7)
+    run = Run(file, isa=isa, max_draft_tokens=8, threads=2, num_blocks=40, prefix_caching=True)
+    for got, one in zip(run(LOOPS)[0], expected, strict=True):
+        assert_same(got, one)
+    assert run.num_accepted >= 5
 
 
 @pytest.mark.parametrize("isa", _sterna.available_isas())

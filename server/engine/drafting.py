@@ -1,0 +1,147 @@
+"""Prompt-lookup drafts: tokens that a step computes before they are sampled, and how many of them pay.
+
+Two sources. A grammar that leaves one token only: it is certain, and its row needs no logits. And the text so far: what
+followed the last time that the last tokens occurred, in the prompt or in the output, is likely to follow again. Every
+guess is then sampled at its own row, with the random number, penalties and mask of its position, and the first one that
+differs ends the step for its sequence: a draft changes how fast tokens come, never which.
+
+How likely a guess holds is counted, by how many tokens matched and for each sequence on its own; a guess that does not
+pay its row (step_cost.py) is not computed but still compared, so that a sequence which begins to copy is noticed. Not
+here: blocks, budgets and what becomes of a draft (scheduler.py).
+"""
+
+from array import array
+from dataclasses import dataclass, field
+
+from _sterna import find_match
+from server.engine.params import Grammar
+from server.engine.sequence import NO_DRAFT, Draft, Guess, Sequence
+from server.engine.stats import Counters
+from server.engine.step_cost import StepBudget, StepCost
+
+MAX_MATCH = 4
+"""Tokens; longer matches are not told apart."""
+FORGET = 0.98
+"""Of the counts of all sequences: the last 50 guesses of a kind decide."""
+FIRST_RATES = (0.3, 0.4, 0.55, 0.75)
+"""Share of guesses that held after matches of 1, 2, 3 and 4 or more tokens, before any were counted."""
+PRIOR_GUESSES = 4.0
+"""How many of its own guesses a sequence needs to outweigh what is known of all."""
+PAUSE = 4
+"""Steps until a sequence whose guesses do not pay is looked at again."""
+
+
+@dataclass(slots=True)
+class Rate:
+    """How often something held, recent times weighing more."""
+
+    tested: float
+    held: float
+
+    def add(self, holds: bool) -> None:
+        self.tested = self.tested * FORGET + 1
+        self.held = self.held * FORGET + holds
+
+
+@dataclass(slots=True)
+class Drafter:
+    """`max_draft_tokens`: guesses a sequence and step, at most; forced tokens come on top."""
+
+    max_draft_tokens: int
+    counters: Counters
+    cost: StepCost = field(default_factory=StepCost)
+    _rates: list[Rate] = field(default_factory=lambda: [Rate(8.0, 8.0 * rate) for rate in FIRST_RATES])
+    _budget: StepBudget = field(default_factory=lambda: StepBudget.of(StepCost(), 1))
+
+    def begin_step(self, num_decodes: int) -> None:
+        self._budget = StepBudget.of(self.cost, num_decodes)
+
+    def draft(self, seq: Sequence, max_tokens: int, max_rows: int) -> Draft:
+        """At most `max_tokens` tokens, of which at most `max_rows` are sampled."""
+        if max_tokens <= 0 or not seq.params.speculation:
+            return NO_DRAFT
+        if seq.draft_pause > 0:
+            seq.draft_pause -= 1
+            if seq.grammar is None:
+                return NO_DRAFT
+        tokens = seq.token_ids
+        start = len(tokens)
+        try:
+            return self._extend(seq, tokens, start, max_tokens, max_rows)
+        finally:
+            del tokens[start:]
+
+    def _extend(self, seq: Sequence, tokens: "array[int]", start: int, max_tokens: int, max_rows: int) -> Draft:
+        """Grows `tokens` by the draft, for the lookups; the caller cuts it off again."""
+        ahead: Grammar | None = None if seq.grammar is None else seq.grammar.fork()
+        limit = start + max_tokens
+        room = 0 if seq.draft_pause > 0 else min(self.max_draft_tokens, max_rows)
+        guesses: list[Guess] = []
+        chain, copied, length = 1.0, 0, 0
+        unpaid: Guess | None = None
+        while len(tokens) < limit:
+            if ahead is not None and (forced := _forced_tokens(seq, ahead)):
+                most = limit - len(tokens)
+                if seq.samples_forced:
+                    most = min(most, max_rows - len(guesses))
+                    guesses += [Guess(len(tokens) - start + i, 0) for i in range(min(most, len(forced)))]
+                tokens.extend(forced[:most])
+                if len(forced) > most or ahead.take(forced) < len(forced):
+                    break
+                copied = 0
+                continue
+            if len(guesses) >= room:
+                break
+            if not copied:
+                copied, length = find_match(tokens, 1, MAX_MATCH)
+                if copied < 0:
+                    break
+            guess = Guess(len(tokens) - start, min(length, MAX_MATCH))
+            token = tokens[copied]
+            if token in seq.end_token_ids or (ahead is not None and ahead.take([token]) == 0):
+                break
+            chain *= self._probability(seq, guess)
+            if not self._budget.take(chain):
+                unpaid = Guess(guess.index, guess.length, token)
+                break
+            guesses.append(guess)
+            tokens.append(token)
+            copied, length = copied + 1, length + 1
+        if not guesses and unpaid is not None and unpaid.index == 0:
+            seq.draft_pause = PAUSE
+        if len(tokens) == start and unpaid is None:
+            return NO_DRAFT
+        rows = [*(guess.index for guess in guesses), len(tokens) - start]
+        return Draft(tokens[start:].tolist(), rows, guesses, unpaid)
+
+    def _probability(self, seq: Sequence, guess: Guess) -> float:
+        rate = self._rates[guess.length - 1]
+        return (PRIOR_GUESSES * rate.held / rate.tested + seq.num_held) / (PRIOR_GUESSES + seq.num_tested)
+
+    def learn(self, seq: Sequence, draft: Draft, sampled: list[int]) -> None:
+        """`sampled`: the tokens that came of it, the first that differs being the last."""
+        num_held = len(sampled) - 1
+        tested = [(guess, guess.index < num_held) for guess in draft.guesses if guess.index <= num_held]
+        if draft.unpaid is not None and draft.unpaid.index == num_held:
+            tested.append((draft.unpaid, sampled[num_held] == draft.unpaid.token))
+        for guess, holds in tested:
+            if guess.length == 0:  # a forced token that had to be sampled
+                continue
+            self._rates[guess.length - 1].add(holds)
+            seq.num_tested = seq.num_tested * 0.9 + 1
+            seq.num_held = seq.num_held * 0.9 + holds
+        guessed = sum(guess.length > 0 for guess in draft.guesses)
+        held = sum(guess.length > 0 and guess.index < num_held for guess in draft.guesses)
+        self.counters.num_drafts += guessed > 0
+        self.counters.draft_tokens += guessed
+        self.counters.accepted_tokens += held
+        self.counters.forced_tokens += num_held - held
+
+
+def _forced_tokens(seq: Sequence, ahead: Grammar) -> list[int]:
+    """Up to an end of the answer: nothing is computed after one."""
+    forced = ahead.forced_tokens()
+    for index, token in enumerate(forced):
+        if token in seq.end_token_ids:
+            return forced[:index]
+    return forced
