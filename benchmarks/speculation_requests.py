@@ -9,7 +9,7 @@ from typing import Any
 Body = dict[str, Any]
 
 
-def _tool(name: str, description: str, **properties: Any) -> Body:
+def _tool(name: str, description: str, /, **properties: Any) -> Body:
     """A property is a description of a string, or a schema."""
     schemas = {
         key: {"type": "string", "description": value} if isinstance(value, str) else value
