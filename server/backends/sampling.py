@@ -101,7 +101,7 @@ def _params(
         ignore_eos=bool(request.ignore_eos),
         num_logprobs=num_logprobs,
         num_prompt_logprobs=num_prompt_logprobs,
-        speculation=_or(request.speculation, True),
+        speculation=request.speculation is not False,
     )
 
 
