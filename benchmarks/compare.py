@@ -78,10 +78,10 @@ def engines(args: argparse.Namespace) -> list[Engine]:
     return chosen
 
 
-def cases_of(model: str, quick: bool) -> Cases:
+def cases_of(model: str, quick: bool, busy: bool) -> Cases:
     """The large model's passes take seconds to minutes each: one a round says enough."""
     cases = QUICK if quick else Cases(repeats=1 if model == "2b" else 3)
-    return replace(cases, num_loras=NUM_LORAS) if model == models.DEFAULT else cases
+    return replace(cases, own_clock=busy, num_loras=NUM_LORAS if model == models.DEFAULT else 0)
 
 
 def run_rounds(args: argparse.Namespace) -> Comparison:
@@ -95,7 +95,7 @@ def run_rounds(args: argparse.Namespace) -> Comparison:
         for model, path in paths.items():
             for engine in chosen:
                 print(f"round {number + 1} of {args.rounds}: {model}, {engine.name}", file=sys.stderr)
-                cases = cases_of(model, args.quick)
+                cases = cases_of(model, args.quick, args.busy)
                 # Adapters are ours alone to measure, and once.
                 alone = cases if engine.name == "Sterna" else replace(cases, num_loras=0)
                 figures[model, engine.name] = engine.measure(model, path, alone)
@@ -106,7 +106,7 @@ def run_rounds(args: argparse.Namespace) -> Comparison:
             streams.append(vllm(number))
             print(f"  {streams[-1]}", file=sys.stderr)
     works = {model: models.work_of(path) for model, path in paths.items()}
-    return Comparison(rounds, works, measured, streams, cases_of("", args.quick))
+    return Comparison(rounds, works, measured, streams, cases_of("", args.quick, args.busy))
 
 
 def vllm_of(args: argparse.Namespace, paths: dict[str, Path]) -> Callable[[int], dict[int, tuple[float, float]]] | None:
@@ -138,9 +138,17 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="tiny cases, to see that everything runs: no figures to quote"
     )
+    parser.add_argument(
+        "--busy",
+        action="store_true",
+        help="one thread, timed by its own clock: for a machine that does other things too",
+    )
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--markdown", type=Path, help="a document whose section `compare` gets the tables")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.busy and (args.ik_llama_bench or "vllm" in args.peers):
+        parser.error("--busy: ik_llama.cpp and vLLM are timed by wall clock only")
+    return argparse.Namespace(**{**vars(args), "threads": 1 if args.busy else args.threads})
 
 
 def main() -> None:
@@ -149,6 +157,7 @@ def main() -> None:
     figures = {
         "threads": args.threads,
         "quick": args.quick,
+        "busy": args.busy,
         "versions": {engine: done.rounds[0][args.models[0], engine]["engine"] for engine in done.engines()},
         "limits": [asdict(one) for one in done.limits],
         **comparison.figures(done),

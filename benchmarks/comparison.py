@@ -123,9 +123,10 @@ def machine(c: Comparison) -> str:
     """Medians of the rounds' limits, in words."""
     peak, memory = (statistics.median(getattr(one, name) for one in c.limits) for name in ("dot_gmacs", "memory_gb_s"))
     about, first = report.cpu(), c.limits[0]
+    clock = ", each engine's CPU time" if c.cases.own_clock else ""
     return (
         f"{about['cpu']} ({about['flags']}), {first.threads} threads, {first.isa}: int8 peak {peak:,.0f} GMAC/s, "
-        f"memory {memory:.1f} GB/s, measured in the same run; commit {report.commit()}; {len(c.rounds)} rounds."
+        f"memory {memory:.1f} GB/s, measured in the same run; commit {report.commit()}; {len(c.rounds)} rounds{clock}."
     )
 
 

@@ -10,6 +10,7 @@ usage: python -m benchmarks.engine_speed MODEL.gguf THREADS CASES_AS_JSON [ISA]
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def measure(path: Path, threads: int, cases: Cases, isa: str) -> dict[str, float
         max_batch_tokens=_CHUNK,
         max_loras=max(cases.num_loras, 1),
     )
-    long, short = EngineTimer(core, long_blocks), EngineTimer(core, _BLOCKS)
+    clock = time.process_time if cases.own_clock else time.perf_counter
+    long, short = EngineTimer(core, long_blocks, clock), EngineTimer(core, _BLOCKS, clock)
     long.prefill(cases.prefill)  # the first pass touches buffers for the first time
     result = {"prefill": _median(lambda: long.prefill(cases.prefill), cases.repeats)}
     result["long_prefill"] = round(long.prefill(cases.long_prefill), 2)

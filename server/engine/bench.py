@@ -32,9 +32,12 @@ def _i32(*values: int) -> np.ndarray:
 class EngineTimer:
     """Drives a core without a scheduler: sequence s owns blocks [s * n, (s + 1) * n)."""
 
-    def __init__(self, core: "_sterna.Core", blocks_a_sequence: int) -> None:
+    def __init__(
+        self, core: "_sterna.Core", blocks_a_sequence: int, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
         self._core = core
         self._blocks = blocks_a_sequence
+        self._clock = clock
         self._rng = np.random.default_rng(0)
         for slot in range(core.max_num_seqs):
             self._greedy(slot)
@@ -80,11 +83,11 @@ class EngineTimer:
     def prefill(self, tokens: int) -> float:
         """Tokens per second of one prompt, in steps of at most `max_batch_tokens`, as the scheduler cuts it."""
         ids = self._rng.integers(0, self._core.vocab_size, tokens).astype(np.int32)
-        start = time.perf_counter()
+        start = self._clock()
         for at in range(0, tokens, self._core.max_batch_tokens):
             piece = ids[at : at + self._core.max_batch_tokens]
             self.step(piece, _i32(0, len(piece)), _i32(at), _i32(len(piece) - 1))
-        return tokens / (time.perf_counter() - start)
+        return tokens / (self._clock() - start)
 
     def start(self, batch: int) -> np.ndarray:
         """`batch` sequences of a short prompt of their own; their next tokens."""
@@ -102,10 +105,10 @@ class EngineTimer:
         starts = np.arange(batch + 1, dtype=np.int32)
         tokens = self.start(batch) if context is None else starts[1:]
         positions = np.full(batch, _PROMPT if context is None else context, np.int32)
-        start = time.perf_counter()
+        start = self._clock()
         for step in range(steps):
             tokens = self.step(tokens, starts, positions + step, starts[:-1], lora_slots)
-        return batch * steps / (time.perf_counter() - start)
+        return batch * steps / (self._clock() - start)
 
 
 def run_bench(

@@ -325,13 +325,13 @@ void bind_core(nb::module_& m) {
            "logit_rows"_a.noconvert(), "slots"_a.noconvert(), "positions"_a.noconvert(), "targets"_a.noconvert(), "drafts"_a.noconvert(), "num_top"_a.noconvert(), "use_mask"_a.noconvert(), "out_tokens"_a.noconvert(),
            "out_logprobs"_a.noconvert(), "out_top_ids"_a.noconvert(), "out_top_logprobs"_a.noconvert())
       .def("profile",  // seconds by op since the last call
-           [](Core& c, bool is_on) {
-             const Profile::Seconds seconds = c.profile().restart(is_on);
+           [](Core& c, bool is_on, bool own_clock) {
+             const Profile::Seconds seconds = c.profile().restart(is_on, own_clock);
              nb::dict out;
              for (size_t i = 0; i < seconds.size(); ++i) out[kOpNames[i]] = seconds[i];
              return out;
            },
-           "is_on"_a)
+           "is_on"_a, "own_clock"_a = false)
       .def("new_lora", [](Core& c) { return std::make_shared<Lora>(c.shared_model()); })
       .def("set_lora", &Core::set_lora, "lora_slot"_a, "lora"_a)
       .def("clear_lora", [](Core& c, int slot) { c.set_lora(slot, nullptr); }, "lora_slot"_a);

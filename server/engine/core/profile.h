@@ -1,8 +1,10 @@
-// Where a step's time goes: wall time between laps, on the thread that drives the step. Off, a lap is one branch.
+// Where a step's time goes: time between laps on the thread that drives the step. Off, a lap is one branch.
 #pragma once
 
+#include <time.h>
+
 #include <array>
-#include <chrono>
+#include <cstddef>
 
 namespace sterna {
 
@@ -15,27 +17,35 @@ class Profile {
  public:
   using Seconds = std::array<double, static_cast<size_t>(Op::kCount)>;
 
-  // What has been gathered; begins anew, or stops.
-  Seconds restart(bool is_on) {
+  // What has been gathered; begins anew, or stops. The thread's own clock is for a core with one thread on a machine that
+  // does other things too.
+  Seconds restart(bool is_on, bool own_clock) {
     const Seconds gathered = seconds_;
     seconds_ = {};
     is_on_ = is_on;
+    clock_ = own_clock ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC;
     return gathered;
   }
   void begin() {
-    if (is_on_) last_ = Clock::now();
+    if (is_on_) last_ = now();
   }
   void lap(Op op) {
     if (!is_on_) return;
-    const Clock::time_point now = Clock::now();
-    seconds_[static_cast<size_t>(op)] += std::chrono::duration<double>(now - last_).count();
-    last_ = now;
+    const double time = now();
+    seconds_[static_cast<size_t>(op)] += time - last_;
+    last_ = time;
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
+  double now() const {
+    timespec t;
+    clock_gettime(clock_, &t);
+    return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+  }
+
   bool is_on_ = false;
-  Clock::time_point last_;
+  clockid_t clock_ = CLOCK_MONOTONIC;
+  double last_ = 0;
   Seconds seconds_ = {};
 };
 
