@@ -1,6 +1,7 @@
 """How many KV blocks fit: from `--kv-memory`, or from the free memory, with a clear message when it is too little.
 
-The arithmetic only; the core allocates. KV entries are 16-bit floats, a block holds 16 tokens of every layer.
+The arithmetic only; the core allocates. KV entries are 16 bits with one float a token and head for their scale; a block
+holds 16 tokens of every layer.
 """
 
 from dataclasses import dataclass
@@ -10,9 +11,10 @@ from server.errors import ConfigError
 from server.units import format_bytes
 
 BLOCK_TOKENS = 16
-KV_ELEMENT_BYTES = 2
+_ELEMENT_BYTES = 2
+_SCALE_BYTES = 4
 
-# A default run on a small model stays small: 1 GiB is 46,000 tokens of the default model, 64 users with 700 each.
+# A default run on a small model stays small: 1 GiB is 45,000 tokens of the default model, 64 users with 700 each.
 DEFAULT_KV_BYTES = 1 << 30
 
 
@@ -39,6 +41,12 @@ class KVBudget:
         )
 
 
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    """Of keys and values, in all layers."""
+    padded_dim = -(-config.head_dim // 16) * 16  # the core's cache holds whole vectors of 16
+    return config.num_layers * 2 * config.num_kv_heads * (padded_dim * _ELEMENT_BYTES + _SCALE_BYTES)
+
+
 def plan_kv_budget(
     config: ModelConfig, *, kv_memory: int | None, max_model_len: int | None, available_bytes: int
 ) -> KVBudget:
@@ -46,8 +54,7 @@ def plan_kv_budget(
 
     A `max_model_len` that was asked for must fit; one that was not is lowered to what fits. Raises ConfigError.
     """
-    padded_dim = -(-config.head_dim // 16) * 16  # the core's cache holds whole vectors of 16
-    block_bytes = BLOCK_TOKENS * config.num_layers * 2 * config.num_kv_heads * padded_dim * KV_ELEMENT_BYTES
+    block_bytes = BLOCK_TOKENS * kv_bytes_per_token(config)
     if max_model_len is not None and max_model_len > config.context_length:
         raise ConfigError(
             f"max_model_len {max_model_len} is more than the {config.context_length} tokens {config.name} was made for"

@@ -20,7 +20,14 @@ constexpr int kPanel = 16;   // output rows of one panel
 constexpr int kBlock = 32;   // K values that share an activation scale
 constexpr int kSuper = 256;  // K values of a K-quant or ternary super-block
 constexpr int kKvBlock = 16;     // tokens of one KV-cache block
-constexpr int kAttnSpan = 128;   // tokens between two rescalings of the attention's running softmax
+constexpr int kAttnSpan = 128;   // tokens whose attention weights share a scale
+constexpr int kAttnTile = 48;    // query rows of one KV head that walk the keys together: 3 KiB a key byte's worth
+
+// int16 elements of one KV head in a block of keys or of values: 16 tokens, then the 16 floats that one step of each is
+// worth. Keys are [head_dim / 2][16 tokens][2], values [8 token pairs][head_dim][2]: pairs for the dot products.
+inline constexpr int64_t kv_block_elements(int head_dim) { return (static_cast<int64_t>(head_dim) + 2) * kKvBlock; }
+// Floats of what one span brings to one row of attention.
+inline constexpr int64_t attention_part_floats(int head_dim) { return head_dim + 32; }
 
 // How a packed matrix stores its weights. The number formats are GGUF's; 5- and 6-bit planes are split in a
 // 4-bit plane and a plane of the high bits.
@@ -66,8 +73,8 @@ struct AttentionArgs {
   const float* q;               // first query row of the sequence: [tokens][q_stride], heads side by side
   float* out;                   // [tokens][out_stride]
   int64_t q_stride, out_stride;
-  const uint16_t* k;            // this layer's keys, f16: [block][kv_head][head_dim][16 tokens]
-  const uint16_t* v;            // this layer's values, f16: [block][kv_head][16 tokens][head_dim]
+  const int16_t* k;             // this layer's keys: [block][kv_head][kv_block_elements(head_dim)]
+  const int16_t* v;             // this layer's values, the same
   int64_t block_stride;         // elements between two blocks
   const int32_t* block_table;
   int32_t first_position;       // absolute position of the first query row
@@ -99,10 +106,14 @@ struct Kernels {
   // Streams in place, the next input to out, which may be y or a stream.
   void (*mix_streams)(const StreamMix& mix, const float* y, int n, float* s0, float* s1, float* out);
   void (*add_bias)(float* x, const float* bias, int n);
-  void (*store_kv)(const float* k, const float* v, int head_dim, int padded_dim, int slot_in_block, uint16_t* k_block,
-                   uint16_t* v_block);
+  void (*store_kv)(const float* k, const float* v, int head_dim, int padded_dim, int slot_in_block, int16_t* k_block,
+                   int16_t* v_block);
   // All query heads of KV head `kv_head` for the query tokens [token_begin, token_end) of one sequence.
   void (*attention)(const AttentionArgs& a, int kv_head, int token_begin, int token_end);
+  // The same bits for one token by parts, so that threads can share a long context: first all spans of 128 keys, in any
+  // order, each to parts[(span * group + head) * attention_part_floats(head_dim)], then their merging.
+  void (*attention_spans)(const AttentionArgs& a, int kv_head, int token, int span_begin, int span_end, float* parts);
+  void (*attention_merge)(const AttentionArgs& a, int kv_head, int token, const float* parts);
   void (*argmax)(const float* x, int n, int32_t* index, float* value);  // the lowest index among equals
   double (*sum_exp)(const float* x, int n, float max, float inv_temperature);
   // probabilities: out[i] = exp((x[i] - max) * inv_temperature)

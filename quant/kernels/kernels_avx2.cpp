@@ -10,8 +10,9 @@ namespace sterna {
 namespace {
 
 constexpr Kernels kTable = {"avx2",      kMaxGroup, quantize_rows, rounding_error, matmul,    matmul_float, rms_norm, rope,
-                            silu_mul,    relu2_mul, mix_streams,   add_bias,       store_kv,  attention,    argmax,   sum_exp,
-                            exp_shifted, probe_dot, probe_read};
+                            silu_mul,    relu2_mul, mix_streams,   add_bias,       store_kv,  attention,
+                            attention_spans, attention_merge, argmax, sum_exp, exp_shifted,
+                            probe_dot, probe_read};
 
 }  // namespace
 

@@ -14,7 +14,8 @@ namespace {
 
 constexpr int kMaxGroup = 4;     // 16 registers: 4 rows x 2 halves of 16-bit sums, the rest for weights
 constexpr bool kSigned8 = true;  // block_dot<8> multiplies signed values: no offset to take back
-constexpr int kAttnRows = 2;
+constexpr int kAttnRows = 2;     // 2 rows x 2 blocks x 2 halves are 8 accumulators
+constexpr int kAttnBlocks = 2;
 constexpr int kAttnVectors = 2;
 
 struct VF { __m256 lo, hi; };
@@ -62,6 +63,14 @@ inline __m256 pow2_half(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 inline VF vf_pow2(VF n) { return {pow2_half(n.lo), pow2_half(n.hi)}; }
+// p * 2^n for n in [-127, 127]; 2^-127 becomes 0
+inline VF vf_ldexp(VF p, VF n) { return p * vf_pow2(n); }
+inline VF vf_first(int n, VF a, float rest) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 r = _mm256_set1_ps(rest);
+  return {_mm256_blendv_ps(r, a.lo, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n), lane))),
+          _mm256_blendv_ps(r, a.hi, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lane)))};
+}
 inline VF vf_zero_below(VF x, float limit, VF value) {
   const __m256 l = _mm256_set1_ps(limit);
   return {_mm256_and_ps(_mm256_cmp_ps(x.lo, l, _CMP_NLT_UQ), value.lo),
@@ -97,6 +106,17 @@ inline int32_t vi_sum(VI a) {
   __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
   t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+}
+inline VI vi_load(const int16_t* p) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+inline VI vi_dot16(VI sum, VI a, VI b) {
+  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b.lo)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
+}
+inline void vi_store_i16(int16_t* p, VI a) {
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
 }
 inline void vi_store_i8(int8_t* p, VI a) {
   int32_t t[16];

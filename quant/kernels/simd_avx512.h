@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kMaxGroup = 8;      // 8 int32 + 8 float accumulators + weights fit 32 registers
 constexpr bool kSigned8 = false;  // 8-bit quants go in unsigned, as every other width
-constexpr int kAttnRows = 4;      // 4 rows x 64 dims of output are 16 accumulators
+constexpr int kAttnRows = 6;      // 6 rows x 4 blocks of scores, or x 64 dims of output, are 24 accumulators
+constexpr int kAttnBlocks = 4;    // key blocks a pass
 constexpr int kAttnVectors = 4;   // output vectors a pass
 
 struct VF { __m512 v; };
@@ -45,6 +46,10 @@ inline VF vf_round(VF a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEARE
 inline VF vf_pow2(VF n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127)), 23))};
 }
+inline VF vf_ldexp(VF p, VF n) { return {_mm512_scalef_ps(p.v, n.v)}; }  // p * 2^n
+inline VF vf_first(int n, VF a, float rest) {  // n lanes of a, 0 < n <= 16, then `rest`
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(rest), static_cast<__mmask16>((1u << n) - 1), a.v)};
+}
 inline VF vf_zero_below(VF x, float limit, VF value) {  // x < limit ? 0 : value
   return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_set1_ps(limit), _CMP_NLT_UQ), value.v)};
 }
@@ -61,6 +66,16 @@ inline VI vi_dot(VI acc, VI w, VI x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x
 inline VF vf_from(VI a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline VI vi_round(VF a) { return {_mm512_cvtps_epi32(a.v)}; }
 inline int32_t vi_sum(VI a) { return _mm512_reduce_add_epi32(a.v); }
+inline VI vi_load(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+// Each lane + the products of its two int16 with those of b.
+// Not the intrinsic: GCC 12 copies its sum before and after each, and spills when 24 of them are live.
+inline VI vi_dot16(VI sum, VI a, VI b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+  return sum;
+}
+inline void vi_store_i16(int16_t* p, VI a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a.v));
+}
 inline void vi_store_i8(int8_t* p, VI a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v)); }
 inline VF vf_load_u8(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};

@@ -11,6 +11,7 @@ namespace {
 constexpr int kMaxGroup = 4;
 constexpr bool kSigned8 = false;
 constexpr int kAttnRows = 2;
+constexpr int kAttnBlocks = 2;
 constexpr int kAttnVectors = 4;
 
 struct VF { float v[16]; };
@@ -81,6 +82,8 @@ inline VF vf_pow2(VF n) {
   }
   return n;
 }
+inline VF vf_ldexp(VF p, VF n) { return p * vf_pow2(n); }  // n in [-127, 127]; 2^-127 becomes 0
+inline VF vf_first(int n, VF a, float rest) { STERNA_LANES a.v[i] = i < n ? a.v[i] : rest; return a; }
 inline VF vf_zero_below(VF x, float limit, VF value) { STERNA_LANES if (x.v[i] < limit) value.v[i] = 0; return value; }
 inline float vf_sum(VF a) {
   for (int w = 8; w; w /= 2) for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w];
@@ -105,6 +108,17 @@ inline VI vi_dot(VI acc, VI w, VI x) {
 inline VF vf_from(VI a) { VF f; STERNA_LANES f.v[i] = static_cast<float>(a.v[i]); return f; }
 inline VI vi_round(VF a) { VI n; STERNA_LANES n.v[i] = static_cast<int32_t>(std::nearbyintf(a.v[i])); return n; }
 inline int32_t vi_sum(VI a) { int32_t s = 0; STERNA_LANES s += a.v[i]; return s; }
+inline VI vi_load(const int16_t* p) { VI a; __builtin_memcpy(&a, p, 64); return a; }
+// A lane holds two int16, the first in its low half.
+inline VI vi_dot16(VI sum, VI a, VI b) {
+  STERNA_LANES {
+    const int16_t x[2] = {static_cast<int16_t>(a.v[i]), static_cast<int16_t>(a.v[i] >> 16)};
+    const int16_t y[2] = {static_cast<int16_t>(b.v[i]), static_cast<int16_t>(b.v[i] >> 16)};
+    sum.v[i] += x[0] * y[0] + x[1] * y[1];
+  }
+  return sum;
+}
+inline void vi_store_i16(int16_t* p, VI a) { STERNA_LANES p[i] = static_cast<int16_t>(a.v[i]); }
 inline void vi_store_i8(int8_t* p, VI a) { STERNA_LANES p[i] = static_cast<int8_t>(a.v[i]); }
 inline VF vf_load_u8(const uint8_t* p) { VF a; STERNA_LANES a.v[i] = p[i]; return a; }
 inline VF vf_load_i8(const uint8_t* p) { VF a; STERNA_LANES a.v[i] = static_cast<int8_t>(p[i]); return a; }

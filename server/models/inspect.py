@@ -10,7 +10,7 @@ from typing import Any
 
 from quant.formats import BLOCK
 from quant.model_file import ModelFile, open_model
-from server.kv_budget import KV_ELEMENT_BYTES
+from server.kv_budget import kv_bytes_per_token
 
 
 def inspect_model(path: Path) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def _describe(model: ModelFile) -> dict[str, Any]:
         "activation": config.activation,
         "residual_streams": config.residual_streams,
         "tie_embeddings": config.tie_embeddings,
-        "kv_bytes_per_token": config.num_layers * 2 * config.num_kv_heads * config.head_dim * KV_ELEMENT_BYTES,
+        "kv_bytes_per_token": kv_bytes_per_token(config),
         "tensor_types": [
             {
                 "type": name,

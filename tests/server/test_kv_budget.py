@@ -28,7 +28,7 @@ SMOL = ModelConfig(
     qk_norm=False,
     tie_embeddings=True,
 )
-BLOCK = 16 * 30 * 2 * 3 * 64 * 2
+BLOCK = 16 * 30 * 2 * 3 * (64 * 2 + 4)
 FULL = 8192 // 16 * BLOCK
 
 
@@ -64,7 +64,7 @@ def test_what_was_asked_for_is_kept() -> None:
 
 def test_exactly_one_full_sequence_fits() -> None:
     assert plan(kv_memory=FULL, max_model_len=8192).max_model_len == 8192
-    with pytest.raises(ConfigError, match=r"holds 8176 tokens of smol; 8192 tokens need 180 MiB \(--kv-memory"):
+    with pytest.raises(ConfigError, match=r"holds 8176 tokens of smol; 8192 tokens need 186 MiB \(--kv-memory"):
         plan(kv_memory=FULL - 1, max_model_len=8192)
 
 
@@ -73,7 +73,7 @@ def test_exactly_one_full_sequence_fits() -> None:
     [
         (None, 8193, GIB, "max_model_len 8193 is more than the 8192 tokens smol was made for"),
         (2 * GIB, None, GIB, "kv_memory 2 GiB is more than the free 1 GiB"),
-        (BLOCK - 1, None, GIB, "a KV cache of 360 KiB holds 0 tokens of smol; 8192 tokens need 180 MiB"),
+        (BLOCK - 1, None, GIB, "a KV cache of 371 KiB holds 0 tokens of smol; 8192 tokens need 186 MiB"),
         (None, None, 0, "a KV cache of 0 B holds 0 tokens of smol"),
     ],
 )

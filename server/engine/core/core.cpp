@@ -1,4 +1,4 @@
-// One forward pass: batch checks, the layers in order, paged attention, logits, sampling.
+// One forward pass: batch checks, the layers in order, logits, sampling.
 #include "core.h"
 
 #include <algorithm>
@@ -12,8 +12,6 @@ namespace sterna {
 namespace {
 
 int64_t pad16(int64_t n) { return (n + 15) & ~int64_t{15}; }
-
-constexpr int kAttnTokens = 16;  // query tokens of one attention task
 
 [[noreturn]] void fail(const std::string& what) { throw std::invalid_argument(what); }
 
@@ -50,11 +48,12 @@ Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(m
   const int64_t widest = std::max({hidden_stride_, ffn_stride_, q_stride_});
   quantized_ = arena_.allocate_array<ActBlock>(static_cast<size_t>((rows + 7) / 8 * 8 * ((widest + kBlock - 1) / kBlock)));
 
-  kv_block_elements_ = static_cast<int64_t>(s.num_kv_heads) * padded_dim_ * kKvBlock;
+  kv_block_stride_ = s.num_kv_heads * kv_block_elements(padded_dim_);
   for (int i = 0; i < s.num_layers; ++i) {
-    k_cache_.push_back(arena_.allocate_array<uint16_t>(limits.num_blocks * kv_block_elements_));
-    v_cache_.push_back(arena_.allocate_array<uint16_t>(limits.num_blocks * kv_block_elements_));
+    k_cache_.push_back(arena_.allocate_array<int16_t>(limits.num_blocks * kv_block_stride_));
+    v_cache_.push_back(arena_.allocate_array<int16_t>(limits.num_blocks * kv_block_stride_));
   }
+  reserve_attention();
   for (int i = 0; i < s.rope_dim / 2; ++i) {
     const float frequency = 1.0f / std::pow(s.rope_theta, static_cast<float>(2 * i) / static_cast<float>(s.rope_dim));
     frequencies_.push_back(s.rope_factors.empty() ? frequency : frequency / s.rope_factors[static_cast<size_t>(i)]);
@@ -104,6 +103,7 @@ void Core::prepare(const Batch& b) {
   group_ = b.rows == 1 ? 1 : b.rows <= 4 ? 4 : max_group;
 
   group_lora_rows(b);
+  plan_attention(b);
 
   const int half = s.rope_dim / 2;
   for_rows(b.rows, 20 * s.rope_dim, [&](int begin, int end) {
@@ -184,81 +184,6 @@ void Core::run_layer(const Batch& b, int index) {
   profile_.lap(Op::Activation);
   const Target down = {&layer.projection[kDown], kDown, residual};
   project(index, act_, ffn_stride_, b.rows, &down, 1, hidden_stride_, !second_);
-}
-
-void Core::rotate_and_store(const Batch& b, int index) {
-  const ModelShape& s = model_->shape();
-  const Layer& layer = model_->layers()[static_cast<size_t>(index)];
-  const Kernels& k = model_->kernels();
-  const int64_t kv = (qkv_stride_ - q_stride_) / 2;
-  for_rows(b.rows, qkv_stride_ * 4, [&](int begin, int end) {
-    for (int r = begin; r < end; ++r) {
-      float* q = qkv_ + r * qkv_stride_;
-      float *keys = q + q_stride_, *values = keys + kv;
-      if (layer.bias[kQ]) k.add_bias(q, layer.bias[kQ], s.num_heads * s.head_dim);
-      if (layer.bias[kK]) k.add_bias(keys, layer.bias[kK], s.num_kv_heads * s.head_dim);
-      if (layer.bias[kV]) k.add_bias(values, layer.bias[kV], s.num_kv_heads * s.head_dim);
-      const float* angles = cos_sin_ + static_cast<int64_t>(r) * s.rope_dim;
-      float* to = queries_ + r * attn_stride_;
-      for (int h = 0; h < s.num_heads; ++h, to += padded_dim_) {
-        float* head = q + h * s.head_dim;
-        if (layer.q_norm) k.rms_norm(head, layer.q_norm, s.head_dim, s.rms_norm_eps, head);
-        k.rope(head, angles, s.rope_dim);
-        std::memcpy(to, head, static_cast<size_t>(s.head_dim) * sizeof(float));  // the padding stays zero
-      }
-      const int position = row_position_[static_cast<size_t>(r)];
-      const int32_t* table = b.block_tables + static_cast<int64_t>(row_seq_[static_cast<size_t>(r)]) * b.max_blocks;
-      const int64_t block = table[position / kKvBlock] * kv_block_elements_;
-      for (int h = 0; h < s.num_kv_heads; ++h) {
-        float* head = keys + h * s.head_dim;
-        if (layer.k_norm) k.rms_norm(head, layer.k_norm, s.head_dim, s.rms_norm_eps, head);
-        k.rope(head, angles, s.rope_dim);
-        const int64_t at = block + static_cast<int64_t>(h) * padded_dim_ * kKvBlock;
-        k.store_kv(head, values + h * s.head_dim, s.head_dim, padded_dim_, position % kKvBlock,
-                   k_cache_[static_cast<size_t>(index)] + at, v_cache_[static_cast<size_t>(index)] + at);
-      }
-    }
-  });
-}
-
-void Core::attend(const Batch& b, int index) {
-  const ModelShape& s = model_->shape();
-  const Kernels& k = model_->kernels();
-  int tiles = 0;
-  int64_t work = 0;
-  for (int i = 0; i < b.seqs; ++i) {
-    const int n = b.seq_starts[i + 1] - b.seq_starts[i];
-    tiles += (n + kAttnTokens - 1) / kAttnTokens;
-    work += static_cast<int64_t>(n) * (b.seq_positions[i] + n) * attn_stride_;
-  }
-  auto task = [&](int item) {
-    int tile = item / s.num_kv_heads;
-    const int kv_head = item % s.num_kv_heads;
-    int i = 0;
-    for (;; ++i) {
-      const int mine = (b.seq_starts[i + 1] - b.seq_starts[i] + kAttnTokens - 1) / kAttnTokens;
-      if (tile < mine) break;
-      tile -= mine;
-    }
-    const int start = b.seq_starts[i], n = b.seq_starts[i + 1] - start;
-    const AttentionArgs args = {queries_ + start * attn_stride_, attn_padded_ + start * attn_stride_, attn_stride_,
-                                attn_stride_, k_cache_[static_cast<size_t>(index)], v_cache_[static_cast<size_t>(index)],
-                                kv_block_elements_, b.block_tables + static_cast<int64_t>(i) * b.max_blocks,
-                                b.seq_positions[i], padded_dim_, s.num_heads / s.num_kv_heads,
-                                1.0f / std::sqrt(static_cast<float>(s.head_dim))};
-    k.attention(args, kv_head, tile * kAttnTokens, std::min(n, (tile + 1) * kAttnTokens));
-  };
-  const int items = tiles * s.num_kv_heads;
-  if (work < kInlineWork) {
-    for (int item = 0; item < items; ++item) task(item);
-  } else {
-    model_->team().run(items, [&](int item, int) { task(item); });
-  }
-  if (attn_ == attn_padded_) return;
-  for (int r = 0; r < b.rows; ++r)
-    for (int h = 0; h < s.num_heads; ++h)
-      std::memcpy(attn_ + r * q_stride_ + h * s.head_dim, attn_padded_ + r * attn_stride_ + h * padded_dim_,
-                  static_cast<size_t>(s.head_dim) * sizeof(float));
 }
 
 void Core::compute_logits(const Batch& b) {

@@ -67,6 +67,9 @@ class Core {
 
  private:
   struct LoraGroup { int slot, begin, count; };  // rows lora_rows_[begin .. begin + count)
+  // Query tokens [begin, end) of a sequence and, where its keys are shared among threads, spans of keys and a place for
+  // what they bring; else parts is null.
+  struct AttentionTask { int seq, begin, end, span_begin, span_end; float* parts; };
   struct Target { const PackedMatrix* w; int projection; float* out; };
 
   void check(const Batch& batch) const;
@@ -88,6 +91,9 @@ class Core {
                       bool accumulate);
   void apply_lora(int layer, const float* x, int64_t x_stride, const Target* targets, int count, int64_t out_stride);
   void rotate_and_store(const Batch& batch, int index);
+  void reserve_attention();
+  void plan_attention(const Batch& batch);
+  AttentionArgs attention_args(const Batch& batch, int seq, int index) const;
   void attend(const Batch& batch, int index);
   void compute_logits(const Batch& batch);
   template <class F>
@@ -98,9 +104,14 @@ class Core {
   Profile profile_;
   Arena arena_;
   int padded_dim_, mask_words_;
-  int64_t hidden_stride_, ffn_stride_, q_stride_, qkv_stride_, attn_stride_, logit_stride_, kv_block_elements_;
+  int64_t hidden_stride_, ffn_stride_, q_stride_, qkv_stride_, attn_stride_, logit_stride_, kv_block_stride_;
   std::vector<float> frequencies_;
-  std::vector<uint16_t*> k_cache_, v_cache_;
+  std::vector<int16_t*> k_cache_, v_cache_;
+  std::vector<AttentionTask> attention_tasks_;
+  std::vector<AttentionTask> attention_merges_;  // of the shared sequences
+  float* attention_parts_;
+  int64_t attention_part_rows_;  // of all heads of one token, over one span: what attention_parts_ has room for
+  int64_t attention_work_ = 0;   // multiply-adds of a layer, about
   float *x_, *normed_, *error_, *qkv_, *queries_, *attn_padded_, *attn_, *gate_up_, *act_, *cos_sin_, *lora_t_, *logits_;
   float* second_ = nullptr;  // the second residual stream; x_ is the first
   ActBlock* quantized_;

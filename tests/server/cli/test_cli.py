@@ -172,7 +172,7 @@ def test_inspect_the_default_model(capsys: pytest.CaptureFixture[str], monkeypat
     found = json.loads(capsys.readouterr().out)
     assert (found["architecture"], found["num_layers"], found["vocab_size"]) == ("llama", 30, 49152)
     assert found["digest"] == f"sha256:{load_catalog()[DEFAULT_MODEL].sha256}"
-    assert found["kv_bytes_per_token"] == 30 * 2 * 3 * 64 * 2
+    assert found["kv_bytes_per_token"] == 30 * 2 * 3 * (64 * 2 + 4)
     assert [row["type"] for row in found["tensor_types"]] == ["Q4_1", "Q8_0", "F32"]
     assert sum(row["num_parameters"] for row in found["tensor_types"]) == found["num_parameters"] == 134_515_008
     assert found["tokenizer"] == {"kind": "gguf", "model": "gpt2", "pre": "smollm", "has_chat_template": True}
