@@ -110,10 +110,11 @@ struct Kernels {
                    int16_t* v_block);
   // All query heads of KV head `kv_head` for the query tokens [token_begin, token_end) of one sequence.
   void (*attention)(const AttentionArgs& a, int kv_head, int token_begin, int token_end);
-  // The same bits for one token by parts, so that threads can share a long context: first all spans of 128 keys, in any
-  // order, each to parts[(span * group + head) * attention_part_floats(head_dim)], then their merging.
-  void (*attention_spans)(const AttentionArgs& a, int kv_head, int token, int span_begin, int span_end, float* parts);
-  void (*attention_merge)(const AttentionArgs& a, int kv_head, int token, const float* parts);
+  // The same bits by parts, so that threads can share a long context: first all spans of 128 keys, in any order, each to
+  // parts[span][token][head of the group][attention_part_floats(head_dim)], then their merging.
+  void (*attention_spans)(const AttentionArgs& a, int kv_head, int token_begin, int token_end, int span_begin,
+                          int span_end, float* parts);
+  void (*attention_merge)(const AttentionArgs& a, int kv_head, int token_begin, int token_end, const float* parts);
   void (*argmax)(const float* x, int n, int32_t* index, float* value);  // the lowest index among equals
   double (*sum_exp)(const float* x, int n, float max, float inv_temperature);
   // probabilities: out[i] = exp((x[i] - max) * inv_temperature)

@@ -1,6 +1,6 @@
 // Attention of one layer: rotation and storing of keys and values, and who computes what of the reading.
 //
-// A task is the query rows of some tokens of a sequence, for one KV head. Where a single token has a long context, its
+// A task is the query rows of some tokens of a sequence, for one KV head. Where few tokens have a long context, its
 // keys are shared among tasks and what they bring is merged afterwards, in order: the same bits as in one go.
 #include <algorithm>
 #include <cmath>
@@ -13,9 +13,10 @@ namespace {
 
 // Spans of one task where keys are shared: 512 tokens. Four heads of 64 take about 5 us for them, a claim 0.1 us.
 constexpr int kTaskSpans = 4;
+constexpr int kFewTokens = 8;  // a token and its drafts; a prompt's chunk makes tasks enough
 // Contexts that can be shared in one step, of the model's full length each; what is beyond goes by whole sequences, and
 // then there are tasks enough.
-constexpr int kSharedContexts = 4;
+constexpr int kSharedContexts = 8;
 
 }  // namespace
 
@@ -76,12 +77,12 @@ void Core::plan_attention(const Batch& b) {
     const int n = b.seq_starts[i + 1] - b.seq_starts[i], context = b.seq_positions[i] + n;
     const int spans = (context + kAttnSpan - 1) / kAttnSpan;
     attention_work_ += static_cast<int64_t>(n) * context * attn_stride_;
-    if (n == 1 && spans > kTaskSpans && model_->team().size() > 1 && used_rows + spans <= attention_part_rows_) {
+    if (n <= kFewTokens && spans > kTaskSpans && model_->team().size() > 1 && used_rows + spans * n <= attention_part_rows_) {
       float* const parts = attention_parts_ + used_rows * s.num_heads * attention_part_floats(padded_dim_);
-      used_rows += spans;
+      used_rows += spans * n;
       for (int span = 0; span < spans; span += kTaskSpans)
-        attention_tasks_.push_back({i, 0, 1, span, std::min(spans, span + kTaskSpans), parts});
-      attention_merges_.push_back({i, 0, 1, 0, spans, parts});
+        attention_tasks_.push_back({i, 0, n, span, std::min(spans, span + kTaskSpans), parts});
+      attention_merges_.push_back({i, 0, n, 0, spans, parts});
       continue;
     }
     for (int begin = 0; begin < n; begin += tokens_a_task)
@@ -102,8 +103,9 @@ void Core::attend(const Batch& b, int index) {
   const ModelShape& s = model_->shape();
   const Kernels& k = model_->kernels();
   const auto parts_of = [&](const AttentionTask& t, int kv_head) {
-    const int64_t spans = (b.seq_positions[t.seq] + kAttnSpan) / kAttnSpan;
-    return t.parts + kv_head * spans * (s.num_heads / s.num_kv_heads) * attention_part_floats(padded_dim_);
+    const int64_t rows = static_cast<int64_t>(t.end) * s.num_heads / s.num_kv_heads;
+    const int64_t spans = (b.seq_positions[t.seq] + t.end + kAttnSpan - 1) / kAttnSpan;
+    return t.parts + kv_head * spans * rows * attention_part_floats(padded_dim_);
   };
   // The last tokens of a prompt see the most keys: from the end, so that no long task is left for the last.
   const int tasks = static_cast<int>(attention_tasks_.size()) * s.num_kv_heads;
@@ -113,12 +115,12 @@ void Core::attend(const Batch& b, int index) {
     const int kv_head = item % s.num_kv_heads;
     const AttentionArgs args = attention_args(b, t.seq, index);
     if (!t.parts) k.attention(args, kv_head, t.begin, t.end);
-    else k.attention_spans(args, kv_head, t.begin, t.span_begin, t.span_end, parts_of(t, kv_head));
+    else k.attention_spans(args, kv_head, t.begin, t.end, t.span_begin, t.span_end, parts_of(t, kv_head));
   };
   const auto merge = [&](int item, int) {
     const AttentionTask& t = attention_merges_[static_cast<size_t>(item / s.num_kv_heads)];
     const int kv_head = item % s.num_kv_heads;
-    k.attention_merge(attention_args(b, t.seq, index), kv_head, t.begin, parts_of(t, kv_head));
+    k.attention_merge(attention_args(b, t.seq, index), kv_head, t.begin, t.end, parts_of(t, kv_head));
   };
   if (attention_work_ < kInlineWork) {
     for (int item = 0; item < tasks; ++item) task(item, 0);

@@ -136,7 +136,7 @@ def test_bits_do_not_depend_on_chunks_threads_or_neighbours(name: str, isa: str)
     "shape", [Shape(), Shape(heads=3, kv_heads=3, head_dim=24, rope_dim=24)], ids=["grouped", "odd"]
 )
 def test_threads_that_share_long_contexts_give_the_same_bits(shape: Shape, isa: str) -> None:
-    """Contexts of more than 512 tokens beside others, token by token or as one prompt, on one thread or two."""
+    """Contexts of more than 512 tokens beside others, by one or a few tokens or as one prompt, on one thread or two."""
     twin = Twin(shape)
     ids = np.random.default_rng(2).integers(0, 101, 660).astype(np.int32)
     one, two = (
@@ -147,11 +147,12 @@ def test_threads_that_share_long_contexts_give_the_same_bits(shape: Shape, isa: 
     assert_close(whole, twin.logits(ids))
     for core in (one, two):
         run(core, [(ids[:650], 0, range(42), -1), (ids[:10], 0, range(50, 92), -1)], width=42)
-        for at in range(650, 660):
-            mine, other = run(
-                core, [(ids[at : at + 1], at, range(42), -1), (ids[10:11], 10, range(50, 92), -1)], width=42
-            )
-            assert np.array_equal(mine, whole[at : at + 1])
+        at = 650
+        for n in (1, 1, 5, 3):  # a token alone, or with drafts
+            sequences = [(ids[at : at + n], at, range(42), -1), (ids[10:11], 10, range(50, 92), -1)]
+            mine, other = run(core, sequences, width=42)
+            assert np.array_equal(mine, whole[at : at + n])
+            at += n
             assert np.array_equal(other, whole[10:11])
 
 
