@@ -1,8 +1,8 @@
 """Sterna and vLLM's CPU build over HTTP, each alone on the machine, in turn: tokens per second at 1, 8 and 32 streams.
 
 One light client for both (loadtests/sse_client.py): raw sockets, server-sent events, distinct random prompts, 128
-tokens an answer. Prefix caches are off on both. vLLM serves the default model's dequantized weights in bf16, its
-fastest type on a CPU, compiled unless `eager`; what the registry has of it: benchmarks/peers/install.py.
+tokens an answer. Prefix caches and speculation are off. vLLM serves the default model's dequantized weights in bf16,
+its fastest type on a CPU, compiled unless `eager`; what the registry has of it: benchmarks/peers/install.py.
 """
 
 import argparse
@@ -117,7 +117,7 @@ def run_round(
 ) -> dict[int, tuple[float, float]]:
     """(Sterna, vLLM) by number of streams. `quick`: few tokens, and vLLM does not compile."""
     max_tokens, repeats = (8, 1) if quick else (MAX_TOKENS, 3)
-    with Server(model, threads, "--no-enable-prefix-caching") as server:
+    with Server(model, threads, "--no-enable-prefix-caching", "--max-draft-tokens", "0") as server:
         server.seconds_to_first_token()
         ours = rates(server.url, seed, max_tokens, repeats)
     with VllmServer(python, directory, threads, eager=quick) as peer:

@@ -61,16 +61,16 @@ class Result:
     shape: Shape
     isa: str
     threads: int
-    rows: int
-    gops: float
+    gops: dict[int, float]
+    """By rows, as the next."""
+    of_dot: dict[int, float]
+    """Share of the int8 peak."""
     gb_s: float
-    """Of weights, in the size that the file has."""
-    of_dot: float
-    of_read: float
+    """Of weights with one row, in the size that the file has."""
     level: str
-    """Where the weights are read from: L2, L3 or memory."""
-    target: str
-    """What must be reached, in words; empty: nothing."""
+    """Where these are read from: L2, L3 or memory; empty: partly from one, partly from another."""
+    of_read: float
+    """Share of what can be read from there."""
 
 
 def random_matrix(type_: GGMLType, out: int, cols: int) -> "_sterna.Matrix":
@@ -117,38 +117,54 @@ def cache_bytes(level: int) -> int:
     return 0
 
 
-def measure(shape: Shape, limit: limits.Limits, rows: int, repeats: int) -> Result:
-    seconds = time_matmul(shape, limit.isa, limit.threads, rows, repeats)
-    macs = rows * shape.out * shape.cols
-    gb_s = shape.num_bytes / seconds / 1e9
-    if shape.num_bytes / limit.threads < cache_bytes(2) * 0.75:
-        level, reads = "L2", limit.l2_gb_s
-    elif shape.num_bytes < cache_bytes(3) * 0.75:
-        level, reads = "L3", limit.l3_gb_s
-    else:
-        level, reads = "memory", limit.memory_gb_s
-    gmacs = macs / seconds / 1e9
-    target = ""
-    if limit.isa == "avx512" and shape.type == GGMLType.TQ2_0:
-        if rows == 1 and limit.threads in targets.GEMV_GOPS:
-            target = f"{targets.GEMV_GOPS[limit.threads]:.0f} GOPS"
-        elif rows == ROWS[-1] and shape.model == "2b":
-            target = f"{targets.GEMM_OF_VNNI:.0%} of int8 peak"
+def read_limit(num_bytes: int, limit: limits.Limits) -> tuple[str, float]:
+    """Where weights of this size are read from when a product is repeated, and how fast that is at most."""
+    if num_bytes / limit.threads < cache_bytes(2) * 0.75:
+        return "L2", limit.l2_gb_s
+    if num_bytes < cache_bytes(3) * 0.75:
+        return "L3", limit.l3_gb_s
+    if num_bytes > cache_bytes(3) * 4:
+        return "memory", limit.memory_gb_s
+    return "", 0.0  # partly from L3
+
+
+def measure(shape: Shape, limit: limits.Limits, repeats: int) -> Result:
+    seconds = {rows: time_matmul(shape, limit.isa, limit.threads, rows, repeats) for rows in ROWS}
+    gmacs = {rows: rows * shape.out * shape.cols / one / 1e9 for rows, one in seconds.items()}
+    gb_s = shape.num_bytes / seconds[1] / 1e9
+    level, most = read_limit(shape.num_bytes, limit)
     return Result(
-        shape, limit.isa, limit.threads, rows, 2 * gmacs, gb_s, gmacs / limit.dot_gmacs, gb_s / reads, level, target
+        shape,
+        limit.isa,
+        limit.threads,
+        {rows: 2 * one for rows, one in gmacs.items()},
+        {rows: one / limit.dot_gmacs for rows, one in gmacs.items()},
+        gb_s,
+        level,
+        gb_s / most if level else 0.0,
     )
 
 
+def target(result: Result) -> str:
+    """What must be reached, in words; empty: nothing."""
+    shape, threads = result.shape, result.threads
+    if result.isa != "avx512" or shape.type != GGMLType.TQ2_0:
+        return ""
+    gemv = f"1 row: {targets.GEMV_GOPS[threads]:.0f} GOPS" if threads in targets.GEMV_GOPS else ""
+    gemm = f"{ROWS[-1]} rows: {targets.GEMM_OF_VNNI:.0%}" if shape.model == "2b" else ""
+    return "; ".join(part for part in (gemv, gemm) if part)
+
+
 def table(results: list[Result]) -> str:
-    rows = [["kernel", "rows", "GOPS", "of int8 peak", "GB/s", "of read limit", "target"]]
+    counts = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
+    rows = [["GOPS (of int8 peak)", "kernel", *counts, "weights read at 1 row", "target"]]
     for r in results:
-        kernel = (
-            f"{r.shape.type.name} {r.shape.out}x{r.shape.cols} ({r.shape.model} {r.shape.name}), {r.isa}, {r.threads}T"
-        )
         # Float products have another limit, and the scalar probe is no peak: compilers vectorize it as they like.
-        share = "–" if r.shape.type == GGMLType.F32 or r.isa == "scalar" else f"{r.of_dot:.0%}"
-        reads = f"{r.of_read:.0%} of {r.level}"
-        rows.append([kernel, str(r.rows), f"{r.gops:,.0f}", share, f"{r.gb_s:.1f}", reads, r.target])
+        has_peak = r.shape.type != GGMLType.F32 and r.isa != "scalar"
+        cells = [f"{r.gops[n]:,.0f}" + (f" ({r.of_dot[n]:.0%})" if has_peak else "") for n in ROWS]
+        reads = f"{r.gb_s:.1f} GB/s" + (f", {r.of_read:.0%} of {r.level}" if r.level else "")
+        name = f"{r.shape.model} {r.shape.name}, {r.shape.type.name} {r.shape.out}x{r.shape.cols}"
+        rows.append([name, f"{r.isa}, {r.threads}T", *cells, reads, target(r)])
     return report.table(rows)
 
 
@@ -174,8 +190,8 @@ def main() -> None:
     for isa in args.isas:
         for threads in args.threads:
             measured.append(limits.measure(threads, isa, repeats=repeats))
-            for shape in QUICK_SHAPES if args.quick else SHAPES:
-                results += [measure(shape, measured[-1], rows, repeats) for rows in ROWS]
+            shapes = QUICK_SHAPES if args.quick else SHAPES
+            results += [measure(shape, measured[-1], repeats) for shape in shapes]
     figures = {"limits": [asdict(one) for one in measured], "kernels": [asdict(one) for one in results]}
     text = f"{limits_table(measured)}\n\n{table(results)}\n\n{report.cpu()['cpu']}; commit {report.commit()}."
     report.finish(text, figures, json_only=args.json, markdown=args.markdown, section="kernels")

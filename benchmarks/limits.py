@@ -9,6 +9,8 @@ usage: python -m benchmarks.limits [--threads 2] [--isa auto]
 import argparse
 import functools
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -72,6 +74,8 @@ def best_isa() -> str:
 
 def measure(threads: int, isa: str = "auto", *, repeats: int = 20) -> Limits:
     isa = best_isa() if isa == "auto" else isa
+    if threads > (cores := len(os.sched_getaffinity(0))):
+        print(f"{threads} threads on {cores} cores: figures are as if each thread had its own", file=sys.stderr)
     rounds = rounds_for(lambda n: _sterna.probe_dot(isa, n))
     macs = _sterna.probe_dot(isa, rounds) * threads
     dot = macs / seconds_together([lambda: _sterna.probe_dot(isa, rounds)] * threads, repeats)

@@ -126,7 +126,7 @@ def table(profiles: list[Profile]) -> str:
 
 def picture(profiles: list[Profile], title: str) -> str:
     """A bar a step, each as long as its time: op by op; under it the floors, as parts of that time."""
-    left, width, row = 250, 860, 34
+    left, width, row = 310, 800, 34
     parts = [svg.text(10, 18, title, size=13)]
     x = 10.0
     for op, colour in _COLOURS.items():
@@ -140,6 +140,8 @@ def picture(profiles: list[Profile], title: str) -> str:
         x = float(left)
         for op, colour in _COLOURS.items():
             share = p.milliseconds.get(op, 0.0) / p.total
+            if share < 0.0005:
+                continue
             parts.append(svg.box(x, y, share * width, 16, colour))
             if share > 0.06:
                 parts.append(
