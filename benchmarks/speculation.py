@@ -1,10 +1,10 @@
 """Prompt-lookup drafts and forced grammar tokens, on beside off: tokens a second of tool calls and of a chat, batch 1.
 
-In one process, each request is answered with `speculation` true and false in turn, greedily and with a seed, several
-times; the answers must be equal token by token. A request's rate is its completion tokens over the median time from
-submission to the last token. "cached": the prompt lies in the prefix cache, so that this is decoding; "cold": it is
-computed too. Requests are made here: constrained tool calls whose arguments stand in the question, and chats, some of
-which quote. Not covered: HTTP, and larger batches (`--streams N` asks N requests at a time and reports the total).
+In one process, each request is answered with `speculation` true and false in turn, greedily and with a seed; all
+answers to it must be equal, token by token. A rate is the requests' completion tokens over their median times from
+submission to the last token, added up. "cached": the prompt lies in the prefix cache, so that this is decoding;
+"cold": it is computed too. `cpu_ratio` is the same from the process's CPU time: on a busy machine, with `--threads 1`,
+it says what `ratio` says on an idle one. Not covered: HTTP. `--streams N` asks N requests at a time.
 
 usage: python -m benchmarks.speculation [--model NAME|PATH] [--threads 2] [--repeats 5] [--streams 1] [--json]
 """
@@ -14,10 +14,12 @@ import asyncio
 import json
 import statistics
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.speculation_requests import CHATS, TOOL_CALLS
+from benchmarks.speculation_requests import CHATS, TOOL_CALLS, Body
 from server.backends.base import Call
 from server.config import DEFAULT_MODEL, Settings
 from server.metrics import Metrics
@@ -25,61 +27,60 @@ from server.openai.protocol.chat import ChatRequest
 from server.runtime import Loaded, load_model
 
 MAX_TOKENS = 160
-STYLES: dict[str, dict[str, Any]] = {"greedy": {"temperature": 0}, "seeded": {"temperature": 0.8, "seed": 7}}
+STYLES: dict[str, Body] = {"greedy": {"temperature": 0}, "seeded": {"temperature": 0.8, "seed": 7}}
+COUNTS = ("generated_tokens", "draft_tokens", "accepted_tokens", "forced_tokens")
 
 
 @dataclass
-class Measured:
-    """One request in one style and one state of the cache."""
+class Group:
+    """Requests that are asked together, in one state of the cache."""
 
-    num_tokens: int = 0
-    seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
-
-    def median(self, speculation: bool) -> float:
-        return statistics.median(self.seconds[speculation])
+    answers: list[Sequence[int]] = field(default_factory=list)
+    wall: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+    cpu: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
 
-async def answer(loaded: Loaded, body: dict[str, Any], salt: bytes) -> tuple[list[int], float]:
+async def answer(loaded: Loaded, body: Body, salt: bytes) -> Sequence[int]:
     call = Call(Metrics().start_request("chat", "benchmark"), cache_salt=salt)
     request = ChatRequest.model_validate({"model": "", "max_tokens": MAX_TOKENS, **body})
-    start = time.perf_counter()
     async for _ in loaded.backend.chat(request, call):
         pass
-    return call.completion_token_ids[0], time.perf_counter() - start
+    return call.completion_token_ids[0]
 
 
-async def measure(loaded: Loaded, bodies: list[dict[str, Any]], repeats: int, *, is_cached: bool) -> list[Measured]:
-    """Of requests that are asked together; on and off in turn, which of them first changes each time."""
-    found = [Measured() for _ in bodies]
-    for repeat in range(repeats):
+async def measure(loaded: Loaded, bodies: list[Body], repeats: int, counts: Counter[str], *, is_cached: bool) -> Group:
+    """On and off in turn; which of them first changes each time. `counts` grows by what the engine counted when on."""
+    group = Group()
+    for repeat in range(-1 if is_cached else 0, repeats):  # the first one fills the cache
         for speculation in (True, False) if repeat % 2 else (False, True):
             salt = b"cached" if is_cached else f"{repeat} {speculation}".encode()
-            sent = [{**body, "speculation": speculation} for body in bodies]
-            if is_cached and repeat == 0:
-                await asyncio.gather(*(answer(loaded, body, salt) for body in sent))
-            answers = await asyncio.gather(*(answer(loaded, body, salt) for body in sent))
-            for one, (token_ids, seconds) in zip(found, answers, strict=True):
-                one.num_tokens = len(token_ids)
-                one.seconds[speculation].append(seconds)
-    return found
+            before, wall, cpu = loaded.engine.stats(), time.perf_counter(), time.process_time()
+            answers = await asyncio.gather(
+                *(answer(loaded, {**body, "speculation": speculation}, salt) for body in bodies)
+            )
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            group.answers = group.answers or answers
+            if group.answers != answers:
+                raise SystemExit(f"the answers differ, speculation {speculation}: {answers}, not {group.answers}")
+            if repeat < 0:
+                continue
+            group.wall[speculation].append(wall)
+            group.cpu[speculation].append(cpu)
+            if speculation:
+                after = loaded.engine.stats()
+                counts.update({name: getattr(after, name) - getattr(before, name) for name in COUNTS})
+    return group
 
 
-async def check_equal(loaded: Loaded, body: dict[str, Any]) -> None:
-    with_drafts, without = [
-        (await answer(loaded, {**body, "speculation": speculation}, b"cached"))[0] for speculation in (True, False)
-    ]
-    if with_drafts != without:
-        raise SystemExit(f"the answers differ: {with_drafts} with drafts, {without} without, for {body}")
-
-
-def figures(measured: list[Measured], streams: int) -> dict[str, float]:
-    """Of all requests as one: total tokens over total time."""
-    num_tokens = sum(one.num_tokens for one in measured) * streams / streams
-    off, on = (sum(one.median(speculation) for one in measured) / streams for speculation in (False, True))
+def figures(groups: list[Group]) -> dict[str, float]:
+    num_tokens = sum(len(tokens) for group in groups for tokens in group.answers)
+    off, on = (sum(statistics.median(group.wall[mode]) for group in groups) for mode in (False, True))
+    cpu_off, cpu_on = (sum(statistics.median(group.cpu[mode]) for group in groups) for mode in (False, True))
     return {
         "off_tok_s": round(num_tokens / off, 1),
         "on_tok_s": round(num_tokens / on, 1),
         "ratio": round(off / on, 2),
+        "cpu_ratio": round(cpu_off / cpu_on, 2),
     }
 
 
@@ -89,31 +90,19 @@ async def run(loaded: Loaded, args: argparse.Namespace) -> dict[str, Any]:
     for kind, requests in (("tools", TOOL_CALLS), ("chat", CHATS)):
         for style, options in STYLES.items():
             bodies = [{**body, **options} for body in requests]
-            for body in bodies:
-                await check_equal(loaded, body)
-            before = loaded.engine.stats()
-            for name, is_cached in (("cached", True), ("cold", False)):
-                measured: list[Measured] = []
-                for begin in range(0, len(bodies), args.streams):
-                    together = bodies[begin : begin + args.streams]
-                    measured += await measure(loaded, together, args.repeats, is_cached=is_cached)
-                result[f"{kind}_{style}_{name}"] = figures(measured, args.streams)
-            after = loaded.engine.stats()
-            drafted = after.draft_tokens - before.draft_tokens
+            counts: Counter[str] = Counter()
+            for cache in ("cached", "cold"):
+                groups = [
+                    await measure(
+                        loaded, bodies[at : at + args.streams], args.repeats, counts, is_cached=cache == "cached"
+                    )
+                    for at in range(0, len(bodies), args.streams)
+                ]
+                result[f"{kind}_{style}_{cache}"] = figures(groups)
             result[f"{kind}_{style}_shares"] = {
-                "accepted_of_drafted": round((after.accepted_tokens - before.accepted_tokens) / max(drafted, 1), 3),
-                "forced_of_generated": round(
-                    2
-                    * (after.forced_tokens - before.forced_tokens)
-                    / (after.generated_tokens - before.generated_tokens),
-                    3,
-                ),
-                "accepted_of_generated": round(
-                    2
-                    * (after.accepted_tokens - before.accepted_tokens)
-                    / (after.generated_tokens - before.generated_tokens),
-                    3,
-                ),
+                "accepted_of_drafted": round(counts["accepted_tokens"] / max(counts["draft_tokens"], 1), 3),
+                "accepted_of_all": round(counts["accepted_tokens"] / counts["generated_tokens"], 3),
+                "forced_of_all": round(counts["forced_tokens"] / counts["generated_tokens"], 3),
             }
     return result
 
@@ -134,7 +123,7 @@ def main() -> None:
     if not args.json:
         for name, values in result.items():
             if isinstance(values, dict):
-                print(f"{name:28}", "  ".join(f"{key} {value}" for key, value in values.items()))
+                print(f"{name:22}", "  ".join(f"{key} {value}" for key, value in values.items()))
     print(json.dumps(result))
 
 

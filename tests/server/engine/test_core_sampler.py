@@ -145,6 +145,37 @@ def test_penalties_count_what_the_core_sampled_itself(sampler: Sampler) -> None:
     assert len(set(seen)) == 30
 
 
+def test_drafts_that_hold_are_sampled_and_the_others_leave_no_trace(sampler: Sampler) -> None:
+    """Rows of two sequences: each ends at the first token that is not its draft; penalties count what was sampled."""
+    core, params = sampler.core, DEFAULTS | {"temperature": 1.5, "frequency_penalty": 0.7}
+
+    def sample(slots: list[int], positions: list[int], drafts: list[int]) -> list[int]:
+        rows, tokens = len(slots), np.empty(len(slots), np.int32)
+        sampler.rewind(rows)
+        minus = np.full(rows, -1, np.int32)
+        rest = (np.empty(rows, np.float32), np.empty((rows, 20), np.int32), np.empty((rows, 20), np.float32))
+        inputs = (i32(*slots), i32(*positions), minus, i32(*drafts), minus, np.zeros(rows, np.uint8))
+        core.sample(*inputs, tokens, *rest)
+        return tokens.tolist()
+
+    def start(seed: int) -> None:
+        for slot in (0, 1):
+            core.set_sequence(slot, **(params | {"seed": seed + slot}))
+
+    for seed in range(10):
+        start(seed)
+        plain = [sample([0, 1], [at, at], [-1, -1]) for at in range(6)]
+        first, second = zip(*plain, strict=True)
+        start(seed)
+        wrong = (second[1] + 1) % VOCAB
+        drafts = [first[0], first[1], first[2], -1, second[0], wrong, second[2], -1]
+        got = sample([0] * 4 + [1] * 4, [0, 1, 2, 3, 0, 1, 2, 3], drafts)
+        assert got == [*first[:4], *second[:2], -1, -1]
+        assert sample([0, 1], [4, 2], [-1, -1]) == [first[4], second[2]]
+    with pytest.raises(ValueError, match="a draft without a row after it"):
+        sample([0, 1], [0, 0], [5, -1])
+
+
 def test_bias_blocked_and_mask(sampler: Sampler) -> None:
     best = int(sampler.raw.argmax())
     bias = {"bias_ids": i32(4), "bias_values": np.array([100.0], np.float32)}

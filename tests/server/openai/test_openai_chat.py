@@ -72,13 +72,14 @@ async def test_every_sampling_field_reaches_the_engine() -> None:
                 "ignore_eos": True,
                 "min_tokens": 2,
                 "stop_token_ids": [7],
+                "speculation": False,
             },
         )
     params = h.engine.submitted[0].params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.25, 3, 0.125)
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (-1, 1.5, 1.25)
     assert (params.logit_bias, params.seed, params.max_tokens, params.min_tokens) == ({5: -100.0}, 2**64 - 1, 9, 2)
-    assert (params.ignore_eos, params.stop_token_ids) == (True, frozenset({7}))
+    assert (params.ignore_eos, params.stop_token_ids, params.speculation) == (True, frozenset({7}), False)
 
 
 @async_test

@@ -4,7 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.server.openai.harness import MODEL, serving
@@ -70,11 +70,26 @@ def unstreamed(body: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None)
-@given(text=ANSWERS, cuts=CUTS, offers_tools=st.booleans(), stops=st.booleans(), logprobs=st.booleans())
-def test_chat(text: str, cuts: list[int], offers_tools: bool, stops: bool, logprobs: bool) -> None:
+@given(
+    text=ANSWERS,
+    cuts=CUTS,
+    offers_tools=st.booleans(),
+    parallel=st.booleans(),
+    stops=st.booleans(),
+    logprobs=st.booleans(),
+)
+@example(
+    text='<tool_call>{"name": "f", "arguments": {}}</tool_call> and more',
+    cuts=[45, 3],
+    offers_tools=True,
+    parallel=False,
+    stops=False,
+    logprobs=False,
+)
+def test_chat(text: str, cuts: list[int], offers_tools: bool, parallel: bool, stops: bool, logprobs: bool) -> None:
     body: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "x"}], "logprobs": logprobs}
     if offers_tools:
-        body["tools"] = TOOLS
+        body |= {"tools": TOOLS, "parallel_tool_calls": parallel}
     if stops:
         body["stop"] = ["STOP"]
 

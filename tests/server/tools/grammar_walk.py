@@ -76,7 +76,7 @@ def allowed_ids(mask: np.ndarray) -> list[int]:
 def walk(
     compiled: CompiledGrammar, tokenizer: VocabularyTokenizer, seed: int, *, max_tokens: int = 3000, mask_words: int
 ) -> str:
-    """Text of a random answer inside the grammar, special tokens spelled out.
+    """Text of a random answer inside the grammar, special tokens spelled out; what is forced on the way is checked.
 
     Ends at the first chance after `max_tokens / 4` tokens; prefers quotes and closing brackets so that it gets there.
     """
@@ -84,10 +84,14 @@ def walk(
     grammar = compiled.new()
     mask = np.zeros(mask_words, dtype=np.int32)
     data = b""
+    forced: list[int] = []
     for step in range(max_tokens):
         mask.fill(-1)
         grammar.fill_mask(mask)
         ids = allowed_ids(mask)
+        forced = forced or grammar.fork().forced_tokens()
+        if forced:
+            assert ids == [forced.pop(0)], "what is called forced is a choice"
         assert ids
         assert max(ids) < tokenizer.vocab_size
         ends = [token_id for token_id in ids if token_id in tokenizer.eog_token_ids]
@@ -101,6 +105,7 @@ def walk(
         ids = [token_id for token_id in ids if token_id not in tokenizer.eog_token_ids]
         closing = [token_id for token_id in ids if tokenizer.token_bytes(token_id)[:1] in (b'"', b"}", b"]")]
         token_id = rng.choice(closing if closing and rng.random() < 0.4 else ids)
+        assert grammar.fork().take([token_id]) == 1
         assert grammar.advance(token_id)
         data += tokenizer.token_bytes(token_id)
     raise AssertionError(f"no end after {max_tokens} tokens: {data[-200:]!r}")
