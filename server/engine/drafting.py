@@ -10,8 +10,7 @@ pay its row (step_cost.py) is not computed but still compared, so that a sequenc
 here: blocks, budgets and what becomes of a draft (scheduler.py).
 """
 
-from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from _sterna import find_match
 from server.engine.params import Grammar
@@ -23,12 +22,15 @@ MAX_MATCH = 4
 """Tokens; longer matches are not told apart."""
 FORGET = 0.98
 """Of the counts of all sequences: the last 50 guesses of a kind decide."""
-FIRST_RATES = (0.3, 0.4, 0.55, 0.75)
-"""Share of guesses that held after matches of 1, 2, 3 and 4 or more tokens, before any were counted."""
+FIRST_RATES = {True: (0.45, 0.5, 0.65, 0.9), False: (0.13, 0.4, 0.55, 0.7)}
+"""Share of guesses that held under a grammar and without one, after matches of 1, 2, 3 and 4 or more tokens, until some
+were counted: what the default model did on benchmarks/speculation_requests.py."""
 PRIOR_GUESSES = 4.0
 """How many of its own guesses a sequence needs to outweigh what is known of all."""
-PAUSE = 4
-"""Steps until a sequence whose guesses do not pay is looked at again."""
+LIKELIEST = 0.97
+"""Where not even such a guess pays, as in large batches, none is looked for."""
+PAUSE = 8
+"""Steps until a sequence is looked at again for which not even a long match would have paid."""
 
 
 @dataclass(slots=True)
@@ -50,43 +52,58 @@ class Drafter:
     max_draft_tokens: int
     counters: Counters
     cost: StepCost = field(default_factory=StepCost)
-    _rates: list[Rate] = field(default_factory=lambda: [Rate(8.0, 8.0 * rate) for rate in FIRST_RATES])
-    _budget: StepBudget = field(default_factory=lambda: StepBudget.of(StepCost(), 1))
+    _rates: dict[bool, list[Rate]] = field(
+        default_factory=lambda: {kind: [Rate(8.0, 8.0 * rate) for rate in rates] for kind, rates in FIRST_RATES.items()}
+    )
+    pays: bool = True
+    """Whether guesses can pay in this step at all; where they cannot, only a grammar has tokens to give."""
+    _budget: StepBudget = field(default_factory=lambda: StepBudget(StepCost(), 1, 1.0))
 
     def begin_step(self, num_decodes: int) -> None:
-        self._budget = StepBudget.of(self.cost, num_decodes)
+        rows = max(num_decodes, 1)
+        self._budget = StepBudget(self.cost, rows, float(rows))
+        self.pays = self._budget.would_take(LIKELIEST)
 
     def draft(self, seq: Sequence, max_tokens: int, max_rows: int) -> Draft:
         """At most `max_tokens` tokens, of which at most `max_rows` are sampled."""
-        if max_tokens <= 0 or not seq.params.speculation:
-            return NO_DRAFT
+        copies = self.pays and seq.draft_pause == 0
         if seq.draft_pause > 0:
             seq.draft_pause -= 1
-            if seq.grammar is None:
-                return NO_DRAFT
+        if max_tokens <= 0 or not (copies or seq.grammar) or not seq.params.speculation:
+            return NO_DRAFT
         tokens = seq.token_ids
         start = len(tokens)
-        try:
-            return self._extend(seq, tokens, start, max_tokens, max_rows)
-        finally:
-            del tokens[start:]
+        guesses, probabilities = self._look_ahead(seq, start + max_tokens, max_rows, copies=copies)
+        ahead = tokens[start:].tolist()
+        del tokens[start:]
+        if not ahead:
+            return NO_DRAFT
+        count = self._budget.pick(probabilities)
+        taken = [guess for guess in guesses if guess.index < count]
+        unpaid = None
+        if len(taken) < len(guesses) and guesses[len(taken)].index == count:
+            unpaid = replace(guesses[len(taken)], token=ahead[count])
+            if count == 0 and not self._budget.would_take(self._probability(seq, MAX_MATCH)):
+                seq.draft_pause = PAUSE
+        return Draft(ahead[:count], [*(guess.index for guess in taken), count], taken, unpaid)
 
-    def _extend(self, seq: Sequence, tokens: "array[int]", start: int, max_tokens: int, max_rows: int) -> Draft:
-        """Grows `tokens` by the draft, for the lookups; the caller cuts it off again."""
-        ahead: Grammar | None = None if seq.grammar is None else seq.grammar.fork()
-        limit = start + max_tokens
-        room = 0 if seq.draft_pause > 0 else min(self.max_draft_tokens, max_rows)
+    def _look_ahead(self, seq: Sequence, limit: int, max_rows: int, *, copies: bool) -> tuple[list[Guess], list[float]]:
+        """Grows the sequence's tokens by all that may follow; the probability of each, and which are guesses."""
+        tokens, start = seq.token_ids, len(seq.token_ids)
+        grammar: Grammar | None = None if seq.grammar is None else seq.grammar.fork()
         guesses: list[Guess] = []
+        probabilities: list[float] = []
         chain, copied, length = 1.0, 0, 0
-        unpaid: Guess | None = None
+        room = min(self.max_draft_tokens, max_rows) if copies else 0
         while len(tokens) < limit:
-            if ahead is not None and (forced := _forced_tokens(seq, ahead)):
+            if grammar is not None and (forced := _forced_tokens(seq, grammar)):
                 most = limit - len(tokens)
                 if seq.samples_forced:
                     most = min(most, max_rows - len(guesses))
                     guesses += [Guess(len(tokens) - start + i, 0) for i in range(min(most, len(forced)))]
                 tokens.extend(forced[:most])
-                if len(forced) > most or ahead.take(forced) < len(forced):
+                probabilities += [chain] * min(most, len(forced))
+                if len(forced) > most or grammar.take(forced) < len(forced):
                     break
                 copied = 0
                 continue
@@ -96,26 +113,18 @@ class Drafter:
                 copied, length = find_match(tokens, 1, MAX_MATCH)
                 if copied < 0:
                     break
-            guess = Guess(len(tokens) - start, min(length, MAX_MATCH))
-            token = tokens[copied]
-            if token in seq.end_token_ids or (ahead is not None and ahead.take([token]) == 0):
+            token, guess = tokens[copied], Guess(len(tokens) - start, min(length, MAX_MATCH))
+            if token in seq.end_token_ids or (grammar is not None and grammar.take([token]) == 0):
                 break
-            chain *= self._probability(seq, guess)
-            if not self._budget.take(chain):
-                unpaid = Guess(guess.index, guess.length, token)
-                break
+            chain *= self._probability(seq, guess.length)
             guesses.append(guess)
+            probabilities.append(chain)
             tokens.append(token)
             copied, length = copied + 1, length + 1
-        if not guesses and unpaid is not None and unpaid.index == 0:
-            seq.draft_pause = PAUSE
-        if len(tokens) == start and unpaid is None:
-            return NO_DRAFT
-        rows = [*(guess.index for guess in guesses), len(tokens) - start]
-        return Draft(tokens[start:].tolist(), rows, guesses, unpaid)
+        return guesses, probabilities
 
-    def _probability(self, seq: Sequence, guess: Guess) -> float:
-        rate = self._rates[guess.length - 1]
+    def _probability(self, seq: Sequence, length: int) -> float:
+        rate = self._rates[seq.grammar is not None][length - 1]
         return (PRIOR_GUESSES * rate.held / rate.tested + seq.num_held) / (PRIOR_GUESSES + seq.num_tested)
 
     def learn(self, seq: Sequence, draft: Draft, sampled: list[int]) -> None:
@@ -127,7 +136,7 @@ class Drafter:
         for guess, holds in tested:
             if guess.length == 0:  # a forced token that had to be sampled
                 continue
-            self._rates[guess.length - 1].add(holds)
+            self._rates[seq.grammar is not None][guess.length - 1].add(holds)
             seq.num_tested = seq.num_tested * 0.9 + 1
             seq.num_held = seq.num_held * 0.9 + holds
         guessed = sum(guess.length > 0 for guess in draft.guesses)

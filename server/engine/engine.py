@@ -261,12 +261,12 @@ class Engine:
         start = self._clock()
         plan = self._scheduler.schedule()
         result = self._runner.run(plan)
-        num_seqs, num_rows = len(plan.sequences), len(result.tokens)
+        num_seqs = len(plan.sequences)
         self._scheduler.postprocess(plan, result, outputs)
         seconds = self._clock() - start
         self._counters.count_step(num_seqs, seconds)
         if self._drafter is not None and not plan.has_prompts:
-            self._drafter.cost.observe(num_rows, seconds)
+            self._drafter.cost.observe(plan.num_decode_rows, seconds)
 
     def _accept(self, seq: Sequence, stream: TokenStream, outputs: Outputs) -> None:
         self._num_submitted -= 1

@@ -104,16 +104,19 @@ class Scheduler:
         """First those with their one token, then those with a draft; what is left of both budgets."""
         budget, rows = self._max_tokens - len(decodes), self._max_logit_rows - len(decodes)
         drafted: list[Sequence] = []
+        pays = False
         if self._drafter is not None:
             self._drafter.begin_step(len(decodes))
+            pays = self._drafter.pays
         for seq in decodes:
-            num_tokens, num_rows = self._draft(seq, budget, rows)
+            num_tokens, num_rows = self._draft(seq, budget, rows) if pays or seq.grammar is not None else (0, 0)
             if num_tokens:
                 drafted.append(seq)
                 budget, rows = budget - num_tokens, rows - num_rows
             else:
                 plan.add(seq, 1, 0)
         plan.num_decodes = len(plan.sequences)
+        plan.num_decode_rows = self._max_tokens - budget
         for seq in drafted:
             plan.add(seq, 1, 0)
         return budget, rows

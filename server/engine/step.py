@@ -23,6 +23,8 @@ class StepPlan:
     num_tokens: list[int] = field(default_factory=list)
     num_score_rows: list[int] = field(default_factory=list)
     num_decodes: int = 0
+    num_decode_rows: int = 0
+    """Tokens of all that are past their prompt, drafts included."""
     has_prompts: bool = False
     admitted: list[Sequence] = field(default_factory=list)
     """Their slots need `set_sequence` before the step."""

@@ -230,19 +230,24 @@ def test_what_comes_of_a_draft(sampled, tokens):
     assert NO_DRAFT.held([4]) == [4]
 
 
-def test_the_cost_of_a_row_is_learned():
+def test_the_cost_of_a_row_is_learned_with_its_stairs():
     cost, rng = StepCost(), random.Random(1)
-    for _ in range(200):
+    for _ in range(600):
         rows = rng.randint(1, 12)
-        cost.observe(rows, 0.01 + 0.002 * rows + rng.gauss(0, 0.0003))
-    assert cost.each == pytest.approx(0.002, rel=0.15)
-    assert cost.seconds(8) == pytest.approx(0.026, rel=0.05)
+        cost.observe(rows, 0.01 + 0.002 * rows + (0.008 if rows > 4 else 0) + rng.gauss(0, 0.0003))
+    for rows, seconds in ((1, 0.012), (4, 0.018), (5, 0.028), (8, 0.034)):
+        assert cost.seconds(rows) == pytest.approx(seconds, rel=0.08)
+    assert StepBudget(cost, 1, 1.0).pick([0.9, 0.8, 0.7, 0.6, 0.5]) == 3
 
 
 def test_a_large_batch_drafts_only_what_is_all_but_certain():
     cost = StepCost()
     for rows in (1, 8, 32, 33) * 40:
         cost.observe(rows, 0.0024 + 0.00052 * rows)
-    assert StepBudget.of(cost, 1).least < 0.3
-    assert StepBudget.of(cost, 32).least > 0.85
-    assert StepBudget.of(cost, 32).take(1.0)
+    assert StepBudget(cost, 1, 1.0).pick([0.5]) == 1
+    assert StepBudget(cost, 32, 32.0).pick([0.85]) == 0
+    assert StepBudget(cost, 32, 32.0).pick([1.0, 1.0]) == 2
+
+
+def test_before_any_step_was_measured():
+    assert StepBudget(StepCost(), 1, 1.0).pick([0.7, 0.5, 0.1]) == 2
