@@ -3,7 +3,8 @@
 Measures, in one run on one machine: seconds from process start to the first token of the first answer (warm file
 cache); resident memory before and after load; time to first token of a short prompt over HTTP and in the engine alone;
 tokens per second of 32 streams over HTTP with the load client on the same cores, against `sterna bench` at batch 32;
-inter-token latency p99 over its median. Prompts are distinct, so the prefix cache helps only with the template.
+inter-token latency p99 over its median. Prompts are distinct, so the prefix cache helps only with the
+template; speculation is off.
 
 usage: python -m benchmarks.http_serving [--model NAME] [--rounds 3] [--json]
 """
@@ -77,7 +78,7 @@ def run_round(model: str, path: str, threads: int, number: int) -> dict[str, flo
         [STERNA, "bench", "--model", path, "--threads", str(threads), "--json"], stdout=subprocess.PIPE, check=True
     )
     engine_tok_s = json.loads(bench.stdout)["decode_b32_tok_s"]
-    with Server(model, threads) as server:
+    with Server(model, threads, "--max-draft-tokens", "0") as server:
         start = server.seconds_to_first_token()
         idle_mb = server.resident_mb()
         probes = [load(server, streams=1, max_tokens=1, seed=1000 + i)["ttft_p50_ms"] for i in range(PROBES)]
