@@ -76,6 +76,9 @@ def test_the_engine_is_read_at_each_scrape() -> None:
     assert value(metrics, "sterna_num_requests_waiting") == 2
     assert value(metrics, "sterna_kv_cache_usage_perc") == 0.25
     assert value(metrics, "sterna_prefix_cache_hits_total") == 640
+    assert value(metrics, "sterna_spec_decode_num_draft_tokens_total") == 20
+    assert value(metrics, "sterna_spec_decode_num_accepted_tokens_total") == 9
+    assert value(metrics, "sterna_grammar_forced_tokens_total") == 11
     assert value(metrics, "sterna_prefix_cache_queries_total") == 1000
     assert value(metrics, "sterna_num_preemptions_total") == 4
     now = dataclasses.replace(STATS, num_running=0)
