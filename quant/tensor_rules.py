@@ -15,6 +15,7 @@ EMBEDDING, HEAD, OUTPUT_NORM = "token_embd.weight", "output.weight", "output_nor
 STREAMS = "residual_streams"
 """blk.N.residual_streams, F32: rows attention and FFN; columns alpha, pre 0, pre 1, post 0, post 1."""
 _FLOAT_TYPES = (GGMLType.F32, GGMLType.F16, GGMLType.BF16)
+_PROJECTION = re.compile(r"blk\.\d{1,6}\.(attn_(q|k|v|output)|ffn_(gate|up|down))\.weight")
 _LAYER_NAME = re.compile(r"blk\.\d{1,6}\.(.+)")
 
 
@@ -27,6 +28,11 @@ def layer_kind(name: str) -> str | None:
 def is_query_or_key(name: str) -> bool:
     """Whether the tensor's rows are rotary pairs: Q's and K's weights and biases."""
     return layer_kind(name) in ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias")
+
+
+def has_float_projection(types: Mapping[str, GGMLType]) -> bool:
+    """Whether a layer's matrix (by tensor name) is not quantized."""
+    return any(type_ in _FLOAT_TYPES and _PROJECTION.fullmatch(name) for name, type_ in types.items())
 
 
 def expected_tensors(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

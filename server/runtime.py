@@ -18,6 +18,7 @@ from pathlib import Path
 from _sterna import available_isas
 from quant.formats import BLOCK
 from quant.model_file import ModelFile, open_model
+from quant.tensor_rules import has_float_projection
 from server.adapters.engine_loader import EngineLoader
 from server.adapters.files import open_files
 from server.adapters.registry import Registry
@@ -125,10 +126,11 @@ def open_runtime(settings: Settings) -> OpenRuntime:
 
 
 def _open_versions(settings: Settings, records: Records, loaded: Loaded, base_name: str) -> VersionStore:
+    is_float = has_float_projection({name: tensor.type for name, tensor in loaded.file.tensors.items()})
     return VersionStore(
         Registry(records.database),
         open_files(settings.adapter_store_url, settings.cache_dir / "adapters"),
-        Base(loaded.file.digest, loaded.file.config, frozenset({base_name})),
+        Base(loaded.file.digest, loaded.file.config, frozenset({base_name}), is_float=is_float),
     )
 
 

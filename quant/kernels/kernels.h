@@ -98,6 +98,10 @@ struct Kernels {
   // The same for float weights; `rows` lists the rows of x and out, or is null for row_begin..row_end themselves.
   void (*matmul_float)(const PackedMatrix& w, const float* x, int64_t x_stride, const int32_t* rows, int row_begin,
                        int row_end, int panel_begin, int panel_end, float* out, int64_t out_stride, bool accumulate);
+  // out[rows[i]] += B t for `count` <= max_group rows of one adapter and the panels. B is packed as Q8_0, its columns a
+  // multiple of 16 (lora.inc); t: [blocks][max_group].
+  void (*add_low_rank)(const PackedMatrix& b, const ActBlock* t, const int32_t* rows, int count, int panel_begin,
+                       int panel_end, float* out, int64_t out_stride);
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // Half-split rotary embedding of one head in place; cos_sin holds rope_dim/2 cosines, then as many sines.
   void (*rope)(float* head, const float* cos_sin, int rope_dim);

@@ -2,6 +2,7 @@
 #include "simd_avx512.h"
 
 #include "matmul.inc"
+#include "lora.inc"
 #include "elementwise.inc"
 #include "attention.inc"
 #include "probes.inc"
@@ -9,8 +10,8 @@
 namespace sterna {
 namespace {
 
-constexpr Kernels kTable = {"avx512",      kMaxGroup, quantize_rows, rounding_error, matmul,    matmul_float, rms_norm, rope,
-                            silu_mul,    relu2_mul, mix_streams,   add_bias,       store_kv,  attention,
+constexpr Kernels kTable = {"avx512",      kMaxGroup, quantize_rows, rounding_error, matmul,    matmul_float, add_low_rank,
+                            rms_norm,    rope,      silu_mul,    relu2_mul, mix_streams,   add_bias,       store_kv,  attention,
                             attention_spans, attention_merge, argmax, sum_exp, exp_shifted,
                             probe_dot, probe_read};
 

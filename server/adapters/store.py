@@ -37,17 +37,23 @@ STALE_AFTER = timedelta(hours=1)
 """After this an import is taken for dead. It takes seconds; one that is slower fails and can be repeated."""
 PANEL_ROWS = 16
 """The core packs matrices in panels of so many rows (quant/kernels/kernels.h, kPanel)."""
+BLOCK = 32
+"""8-bit values that share an f16 scale (kBlock); the last block of a row may be half a one (lora.inc)."""
 _OURS = re.compile(r"[^/]+/[0-9a-f]{16}-[0-9a-f]{8}")
 """Directories that an import made. A user's own files under the same root are nobody's garbage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The model that versions must fit. `names` are what requests call it: no adapter may be called so."""
+    """The model that versions must fit. `names` are what requests call it: no adapter may be called so.
+
+    `is_float`: a projection is not quantized, and so neither are its adapters.
+    """
 
     digest: str
     config: ModelConfig
     names: frozenset[str]
+    is_float: bool = False
 
 
 class VersionStore:
@@ -107,7 +113,7 @@ class VersionStore:
                 base_digest=self.base.digest,
                 rank=weights.rank,
                 size_bytes=sum(file.stat().st_size for file in staged.iterdir()),
-                memory_bytes=memory_bytes(weights),
+                memory_bytes=memory_bytes(weights, is_float=self.base.is_float),
                 origin=_printable(origin or f"import of {source.name}"),
                 parent=None if parent is None else str(parent),
                 directory=f"{adapter}/{weights.digest[7:23]}-{uuid.uuid4().hex[:8]}",
@@ -203,13 +209,17 @@ class VersionStore:
             raise AdapterError(f"{what} was trained on the base {trained_on}; this one is {self.base.digest}")
 
 
-def memory_bytes(weights: LoraWeights) -> int:
-    """What the core packs: float32, rows rounded up to whole panels."""
+def memory_bytes(weights: LoraWeights, *, is_float: bool) -> int:
+    """What the core packs, rows rounded up to whole panels: 8-bit blocks, or float32 beside a float base."""
+    matrices = [matrix.shape for part in weights.projections for matrix in (part.a, part.b)]
     return sum(
-        4 * -(-matrix.shape[0] // PANEL_ROWS) * PANEL_ROWS * matrix.shape[1]
-        for part in weights.projections
-        for matrix in (part.a, part.b)
+        _up(rows, PANEL_ROWS) * (4 * columns if is_float else _up(columns, BLOCK // 2) + 2 * -(-columns // BLOCK))
+        for rows, columns in matrices
     )
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
 
 
 def _manifest(version: Version) -> str:

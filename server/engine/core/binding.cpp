@@ -335,7 +335,9 @@ void bind_core(nb::module_& m) {
       .def("new_lora", [](Core& c) { return std::make_shared<Lora>(c.shared_model()); })
       .def("set_lora", &Core::set_lora, "lora_slot"_a, "lora"_a)
       .def("clear_lora", [](Core& c, int slot) { c.set_lora(slot, nullptr); }, "lora_slot"_a);
-  nb::class_<Lora>(m, "Lora").def("add", &lora_add, "layer_index"_a, "projection"_a, "a"_a, "b"_a, "scale"_a);
+  nb::class_<Lora>(m, "Lora")
+      .def("add", &lora_add, "layer_index"_a, "projection"_a, "a"_a, "b"_a, "scale"_a)
+      .def_prop_ro("num_bytes", &Lora::bytes);
 }
 
 }  // namespace

@@ -42,11 +42,20 @@ Core::Core(std::shared_ptr<Model> model, CoreLimits limits) : model_(std::move(m
   gate_up_ = arena_.allocate_array<float>(rows * 2 * ffn_stride_);
   act_ = arena_.allocate_array<float>(rows * ffn_stride_);
   cos_sin_ = arena_.allocate_array<float>(rows * s.rope_dim);
-  lora_t_ = arena_.allocate_array<float>(rows * 3 * kMaxLoraRank);  // three projections at a time
+  lora_t_ = arena_.allocate_array<float>(rows * kMaxTargets * kMaxLoraRank);
   logits_ = arena_.allocate_array<float>(limits.max_logit_rows * logit_stride_);
   masks_ = arena_.allocate_array<int32_t>(static_cast<size_t>(limits.max_logit_rows) * mask_words_);
   const int64_t widest = std::max({hidden_stride_, ffn_stride_, q_stride_});
-  quantized_ = arena_.allocate_array<ActBlock>(static_cast<size_t>((rows + 7) / 8 * 8 * ((widest + kBlock - 1) / kBlock)));
+  const int64_t widest_blocks = (widest + kBlock - 1) / kBlock;
+  quantized_ = arena_.allocate_array<ActBlock>(static_cast<size_t>((rows + 7) / 8 * 8 * widest_blocks));
+  const size_t group = static_cast<size_t>(model_->kernels().max_group);
+  for (int i = 0; i < model_->team().size(); ++i) {
+    lora_gathered_.push_back(arena_.allocate_array<ActBlock>(group * static_cast<size_t>(widest_blocks)));
+  }
+  // Every version may leave a chunk that is not full.
+  const size_t chunks = static_cast<size_t>(rows) / group + static_cast<size_t>(std::min<int64_t>(limits.max_loras, rows));
+  lora_chunks_.reserve(chunks);
+  lora_low_ = arena_.allocate_array<ActBlock>(chunks * kMaxTargets * kLowBlocks * group);
 
   kv_block_stride_ = s.num_kv_heads * kv_block_elements(padded_dim_);
   for (int i = 0; i < s.num_layers; ++i) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +19,8 @@ namespace sterna {
 
 // Work below this many multiply-adds stays on the calling thread: waking the others costs about as much.
 constexpr int64_t kInlineWork = 20000;
+constexpr int kLowBlocks = (kMaxLoraRank + kBlock - 1) / kBlock;
+constexpr int kMaxTargets = 3;   // projections that share an input: q, k and v
 constexpr int64_t kMixWork = 6;  // of mixing two residual streams, in multiply-adds a value
 
 struct CoreLimits {
@@ -66,11 +69,18 @@ class Core {
   const CoreLimits& limits() const { return limits_; }
 
  private:
-  struct LoraGroup { int slot, begin, count; };  // rows lora_rows_[begin .. begin + count)
+  struct LoraRows { int slot, begin, count; };  // rows lora_rows_[begin .. begin + count)
   // Query tokens [begin, end) of a sequence and, where its keys are shared among threads, spans of keys and a place for
   // what they bring; else parts is null.
   struct AttentionTask { int seq, begin, end, span_begin, span_end; float* parts; };
   struct Target { const PackedMatrix* w; int projection; float* out; };
+  struct LowRank {  // what the batch's adapters add to the targets of one input
+    int layer;
+    const Target* targets;
+    int count;
+    bool is_int8, is_float32;  // whether any pair is; neither without adapters
+    int next_layer, next_begin, next_end;  // the projections whose A is needed next
+  };
 
   void check(const Batch& batch) const;
   void prepare(const Batch& batch);
@@ -88,8 +98,23 @@ class Core {
   // A second pass over the rounding errors of the activations in quantized_: out += W (x - quantized x).
   void refine(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride);
   void matmul_targets(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride,
-                      bool accumulate);
-  void apply_lora(int layer, const float* x, int64_t x_stride, const Target* targets, int count, int64_t out_stride);
+                      bool accumulate, const LowRank* low_rank);
+
+  LowRank plan_low_rank(int layer, const Target* targets, int count) const;
+  const LoraPair& pair(const LowRank& l, int slot, int target) const;
+  ActBlock* low_blocks(int chunk, int target) const;
+  // lora_low_ = A x of the rows of one chunk, for all targets; counts lora_left_ down.
+  void reduce_low_rank(const LowRank& l, int chunk, int member);
+  // The base's product of a range of rows and panels, and out += B lora_low_, for which it waits until lora_left_ is
+  // zero. `panels` of all targets in the job, of which `before` come before this target.
+  void multiply_with_low_rank(const LowRank& l, int target, int row_begin, int row_end, int panel_begin, int panel_end,
+                              int before, int panels, int64_t out_stride, bool accumulate) const;
+  void add_low_rank(const LowRank& l, int target, int row_begin, int row_end, int panel_begin, int panel_end,
+                    int64_t out_stride) const;
+  // Asks for part `part` of `parts` of the B of a target's panels, or of the next projections' A, from memory.
+  void fetch_now(const LowRank& l, int target, int panel_begin, int panel_end, int part, int parts) const;
+  void fetch_next(const LowRank& l, int64_t part, int64_t parts) const;
+  void add_low_rank_float32(const LowRank& l, const float* x, int64_t x_stride, int64_t out_stride);
   void rotate_and_store(const Batch& batch, int index);
   void reserve_attention();
   void plan_attention(const Batch& batch);
@@ -118,7 +143,11 @@ class Core {
   int32_t* masks_;
   int group_ = 1;
   std::vector<int32_t> row_seq_, row_position_, lora_rows_, runs_;
-  std::vector<LoraGroup> lora_groups_;
+  std::vector<LoraRows> lora_groups_;  // by version
+  std::vector<LoraRows> lora_chunks_;  // the same, at most max_group rows each
+  std::vector<ActBlock*> lora_gathered_;  // by member: the activations of a chunk's rows, one group
+  ActBlock* lora_low_;                    // [chunk][3 targets][kLowBlocks][max_group]
+  std::atomic<int32_t> lora_left_{0};     // chunks of reduce_low_rank that are not done
   std::vector<int32_t> lora_group_of_;  // by slot; -1 but inside group_lora_rows
   std::vector<std::shared_ptr<Lora>> loras_;
   std::vector<SamplingState> sequences_;

@@ -9,6 +9,7 @@
 namespace sterna {
 
 // An op's time ends with the slowest member of the team, so barriers and imbalance are in it.
+// Lora: of float models alone. Beside a quantized matrix the adapters' part is in that matrix's op.
 enum class Op { Embed, Norm, Qkv, Rope, Attention, Out, GateUp, Activation, Down, Head, Lora, Sample, kCount };
 inline constexpr const char* kOpNames[] = {"embed", "norm",       "qkv",  "rope", "attention", "out",
                                            "gate_up", "activation", "down", "head", "lora",      "sample"};

@@ -64,8 +64,11 @@ void ThreadTeam::run_job(int chunks, Function function, void* argument) {
     wake_.notify_all();
   }
   claim(ticket, 0);
-  // What is left is in the hands of others. A member that lost its core needs it back: yield after a while.
-  for (int spins = 0; unfinished_.load(std::memory_order_acquire) != 0; ++spins) {
+  wait_for(unfinished_);
+}
+
+void ThreadTeam::wait_for(const std::atomic<int32_t>& left) {
+  for (int spins = 0; left.load(std::memory_order_acquire) != 0; ++spins) {
     if (spins < kSpins) pause_cpu();
     else std::this_thread::yield();
   }

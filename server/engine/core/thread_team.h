@@ -34,6 +34,9 @@ class ThreadTeam {
             const_cast<void*>(static_cast<const void*>(&f)));
   }
 
+  // Returns when `left` is zero: work that others hold. A member that lost its core needs it back: yield after a while.
+  static void wait_for(const std::atomic<int32_t>& left);
+
  private:
   using Function = void (*)(void*, int, int);
   void run_job(int chunks, Function function, void* argument);

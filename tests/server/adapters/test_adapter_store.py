@@ -67,7 +67,9 @@ def test_import_and_load(store: VersionStore, tmp_path: Path) -> None:
 def test_the_memory_that_a_version_takes(tmp_path: Path) -> None:
     weights = load_adapter_files(adapter_dir(tmp_path / "peft"), MODEL)  # type: ignore[arg-type]
     # q_proj: A (2, 8) and B (12, 2); v_proj: A (2, 8) and B (6, 2); rows in panels of 16; three layers.
-    assert memory_bytes(weights) == 3 * 2 * 4 * (16 * 8 + 16 * 2)
+    assert memory_bytes(weights, is_float=True) == 3 * 2 * 4 * (16 * 8 + 16 * 2)
+    # 8-bit: each row is half a block of 32 values and its scale.
+    assert memory_bytes(weights, is_float=False) == 3 * 2 * 2 * 16 * (16 + 2)
 
 
 def test_the_same_content_twice_is_one_version(store: VersionStore, tmp_path: Path) -> None:

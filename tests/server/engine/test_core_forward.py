@@ -1,6 +1,5 @@
 """The C++ forward pass against its NumPy twin, and the promise that a row never depends on the batch around it."""
 
-import threading
 from dataclasses import replace
 
 import numpy as np
@@ -8,16 +7,9 @@ import pytest
 
 import _sterna
 from quant.formats import GGMLType
-from tests.server.engine.core_twin import PROJECTIONS, Shape, Twin, i32, run
+from tests.server.engine.core_twin import Shape, Twin, assert_close, i32, run
 
 ISAS = _sterna.available_isas()
-
-
-def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
-    """float32 sums and an f16 KV cache (2^-11 relative a key or value), amplified by two random layers."""
-    error = np.abs(got - expected)
-    assert np.sqrt((error**2).mean()) < 2e-3 * expected.std()
-    assert error.max() < 0.03 * expected.std()
 
 
 SHAPES = {
@@ -154,106 +146,6 @@ def test_threads_that_share_long_contexts_give_the_same_bits(shape: Shape, isa: 
             assert np.array_equal(mine, whole[at : at + n])
             at += n
             assert np.array_equal(other, whole[10:11])
-
-
-def _random_lora(shape: Shape, rank: int, seed: int, names: tuple[str, ...] = PROJECTIONS) -> dict:
-    rng = np.random.default_rng(seed)
-    lora = {}
-    for layer in range(shape.layers):
-        for name in names:
-            rows, cols = shape.size(name)
-            a = (rng.standard_normal((rank, cols)) / np.sqrt(cols)).astype(np.float32)
-            lora[layer, name] = (a, (rng.standard_normal((rows, rank)) * 0.3).astype(np.float32), 0.5)
-    return lora
-
-
-def _load(core: "_sterna.Core", slot: int, lora: dict) -> None:
-    packed = core.new_lora()
-    for (layer, name), (a, b, scale) in lora.items():
-        packed.add(layer, name, a, b, scale)
-    core.set_lora(slot, packed)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize(("rank", "streams"), [(1, False), (16, False), (17, True), (64, False)])
-def test_lora_equals_the_twin(rank: int, streams: bool, isa: str) -> None:
-    twin = Twin(Shape(two_streams=streams))
-    core, lora = twin.core(isa=isa), _random_lora(twin.shape, rank, 5)
-    _load(core, 2, lora)
-    ids = np.random.default_rng(1).integers(0, 101, 40).astype(np.int32)
-    expected = twin.logits(ids, lora)
-    assert_close(run(core, [(ids, 0, range(3), 2)])[0], expected)
-    assert np.abs(expected - twin.logits(ids)).max() > 1  # the adapter does something
-
-
-@pytest.mark.parametrize("projection", PROJECTIONS)
-def test_lora_on_one_projection(projection: str) -> None:
-    twin = Twin(Shape())
-    core, lora = twin.core(), _random_lora(twin.shape, 8, 6, (projection,))
-    _load(core, 0, lora)
-    ids = np.random.default_rng(1).integers(0, 101, 40).astype(np.int32)
-    assert_close(run(core, [(ids, 0, range(3), 0)])[0], twin.logits(ids, lora))
-
-
-def test_adapters_come_and_go_in_other_slots_while_the_core_steps() -> None:
-    twin = Twin(Shape())
-    core = twin.core(threads=2)
-    _load(core, 1, _random_lora(twin.shape, 8, 1))
-    sequences = [(np.arange(40), 0, range(3), 1), (np.arange(9), 0, range(3, 5), -1)]
-    expected = run(core, sequences)
-    new = _random_lora(twin.shape, 16, 2)
-    is_over = threading.Event()
-
-    def load_again_and_again() -> None:
-        while not is_over.is_set():
-            for slot in (0, 2):
-                _load(core, slot, new)
-            core.clear_lora(0)
-
-    loader = threading.Thread(target=load_again_and_again)
-    loader.start()
-    for _ in range(50):
-        for got, rows in zip(run(core, sequences), expected, strict=True):
-            assert np.array_equal(got, rows)
-    is_over.set()
-    loader.join()
-
-
-def test_a_lora_in_a_slot_is_read_only_and_belongs_to_its_core() -> None:
-    twin = Twin(Shape())
-    core, other = twin.core(), twin.core()
-    packed, one = core.new_lora(), np.ones((1, 64), np.float32)
-    packed.add(0, "q_proj", one, one.T.copy(), 1.0)
-    core.set_lora(1, packed)
-    with pytest.raises(ValueError, match="cannot be changed"):
-        packed.add(1, "q_proj", one, one.T.copy(), 1.0)
-    with pytest.raises(ValueError, match="another model"):
-        other.set_lora(1, packed)
-    for slot in (-1, 4):
-        with pytest.raises(ValueError, match="out of range"):
-            core.set_lora(slot, packed)
-    for bad in ((2, "q_proj", one, one.T.copy()), (0, "lm_head", one, one.T.copy()), (0, "q_proj", one, one)):
-        with pytest.raises(ValueError, match=r"LoRA|rank"):
-            core.new_lora().add(*bad, 1.0)
-
-
-@pytest.mark.parametrize("kind", [GGMLType.F32, GGMLType.Q8_0], ids=lambda k: k.name)
-def test_mixed_adapters_in_one_batch_equal_each_alone(kind: GGMLType) -> None:
-    twin = Twin(Shape(), kind)
-    core = twin.core(threads=2)
-    _load(core, 0, _random_lora(twin.shape, 16, 1))
-    _load(core, 3, _random_lora(twin.shape, 8, 2, ("q_proj", "down_proj")))
-    rng = np.random.default_rng(4)
-    sequences = [
-        (rng.integers(0, 101, n), 0, [2 * j, 2 * j + 1], slot)
-        for j, (n, slot) in enumerate([(5, 0), (1, -1), (17, 3), (9, 0), (3, -1), (20, 3), (1, 0)])
-    ]
-    together = run(core, sequences)
-    for sequence, rows in zip(sequences, together, strict=True):
-        assert np.array_equal(run(core, [sequence])[0], rows)
-    core.clear_lora(3)
-    with pytest.raises(ValueError, match="LoRA slot is empty"):
-        run(core, [sequences[2]])
 
 
 def test_a_whole_context_of_masked_garbage_does_not_leak() -> None:

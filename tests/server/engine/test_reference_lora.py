@@ -2,7 +2,7 @@
 
 The GGUF files of the llama architecture hold Q and K interleaved while adapters have half-split rows: served with the
 same adapter they must agree with the Hugging Face directory. Not covered: which configurations are refused
-(test_lora_files.py), adapters mixed in a batch (test_core_forward.py).
+(test_lora_files.py), adapters mixed in a batch (test_core_lora.py).
 """
 
 from collections.abc import Iterator
