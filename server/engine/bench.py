@@ -1,7 +1,7 @@
 """The engine alone, timed: prefill of 512 tokens and greedy decode at batch 1, 8 and 32.
 
 Measures full forward passes: prefix cache and speculation do not exist at this level, prompts are distinct random
-tokens of equal length, KV is f16, the head has the file's precision, and every step samples every row. The keys are
+tokens of equal length, KV is 16 bits, the head has the file's precision, and every step samples every row. The keys are
 those of the llama.cpp script that it is compared with. Not covered: scheduling, HTTP and detokenization.
 """
 
