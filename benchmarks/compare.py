@@ -3,7 +3,7 @@
 Tokens per second of prefill (512 and 4,096 tokens) and greedy decode (batch 1, 8, 32, and one sequence after 4,096
 tokens) on the default model and on random ternary ones; every figure is the median of `--rounds`, every ratio the
 median of the rounds' ratios, because machines are shared and absolute figures move. Prompts are random and distinct; no
-prefix cache, no speculation; f16 KV. Beside each ratio stands what it must reach. Also: both engines with AVX2 alone,
+prefix cache, no speculation; int16 KV. Beside each ratio stands what it must reach. Also: both engines with AVX2 alone,
 what eight LoRA versions in a batch of 32 cost, shares of this machine's limits as measured in the run, streams over
 HTTP.
 

@@ -1,6 +1,6 @@
 """Our engine's speed on one GGUF, the twin of the peers' scripts: what benchmarks/cases.py says, as one line of JSON.
 
-The core is driven without a scheduler, so there is no prefix cache and no speculation; f16 KV, the head in the file's
+The core is driven without a scheduler, so there is no prefix cache and no speculation; int16 KV, the head in the file's
 precision, greedy, every row sampled at every step. With adapters: `loras_none` none loaded, `loras_unused` eight loaded
 and used by no sequence, `loras_mixed` the rows of the batch of 32 spread over them; the three in turn, in one process.
 

@@ -3,7 +3,7 @@
 Reads what `open_model` gives (GGUF or Hugging Face, every architecture) and shares nothing else with the server:
 blocks are dequantized by the `gguf` package, and interleaved Q and K are left as they are and rotated in adjacent
 pairs, where the core un-permutes them. Weights, activations and KV stay float, so that what is left between the two
-is the core's rounding: int8 activations and an f16 KV cache.
+is the core's rounding: int8 activations and a 16-bit KV cache.
 
 Not covered: adapters (`peft` is their reference), sampling, caching.
 """

@@ -55,7 +55,7 @@ BITNET = Shape(**TERNARY, sub_norms=True, squared_relu=True, row_scales=True)
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_activations_of_a_ternary_bitnet_have_one_scale_a_row(isa: str) -> None:
-    """The twin rounds activations as transformers' BitNet does. The f16 cache puts some of them on the other side of a
+    """The twin rounds activations as transformers' BitNet does. The cache puts some of them on the other side of a
     rounding boundary: that is 0.024 of the spread, two thirds of the distance that scales per 32 values have."""
     twin = Twin(BITNET, GGMLType.TQ2_0)
     ids = np.random.default_rng(1).integers(0, 101, 60).astype(np.int32)

@@ -43,7 +43,7 @@ def requests() -> list[tuple[list[int], SamplingParams]]:
 
 
 def tolerance(logits: np.ndarray) -> float:
-    """test_core_forward.py's bound on one logit: float32 sums and an f16 KV cache."""
+    """test_core_forward.py's bound on one logit: float32 sums and a 16-bit KV cache."""
     return 0.03 * float(logits.std())
 
 

@@ -78,7 +78,7 @@ def test_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     for isa in _sterna.available_isas():
         got = logits_of(file, isa)
-        # Measured 0.020: the f16 cache puts some activations on the other side of a rounding boundary, a step of 1/127
+        # Measured 0.020: the cache puts some activations on the other side of a rounding boundary, a step of 1/127
         # of the row's largest each. Scales per 32 values, blind to the rounding that was trained, are 0.029 away.
         assert np.sqrt(np.square(got - expected).mean()) < 0.025 * expected.std()
         assert np.mean(got.argmax(1) == expected.argmax(1)) >= 0.95

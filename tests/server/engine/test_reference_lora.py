@@ -118,7 +118,7 @@ def check_adapter(hf: Path, files: list[ModelFile], adapter: Path, dtype: str, o
     assert relative_rms(without, expected) > 0.05  # the adapter does something
     for file in files:
         got = logits_served(make_core(file), file, adapter, IDS)
-        # float32 but for the f16 cache, as without adapter (test_reference_transformers.py)
+        # float32 but for the 16-bit cache, as without adapter (test_reference_transformers.py)
         assert relative_rms(got, expected) < 2e-3
         assert np.abs(got - expected).max() < 2e-2 * expected.std()
 
@@ -197,7 +197,7 @@ def real(default_model: Path) -> Iterator[RealModel]:
 def test_default_model(variant: str, real: RealModel, tmp_path: Path) -> None:
     """Adapters that move the logits by 0.1 to 0.6 of their spread (stronger ones make the model itself chaotic).
 
-    Through float weights the served adapter is exact but for the f16 cache: that proves ranks, scales and row order at
+    Through float weights the served adapter is exact but for the i16 cache: that proves ranks, scales and row order at
     the real sizes. Through int8 the error may only be what int8 costs without adapter (3.5 %), or twice that: other
     hidden states, other rounding.
     """

@@ -1,7 +1,7 @@
 """Tiny random models of every architecture: `transformers`' float32 logits against our NumPy reference and the core.
 
 The same weights go in as a Hugging Face directory (read by both sides) and as a GGUF file (Q and K interleaved for
-llama). The reference, in float64, must be within float32 rounding; the core within that and its f16 KV cache.
+llama). The reference, in float64, must be within float32 rounding; the core within that and its 16-bit KV cache.
 """
 
 from pathlib import Path
@@ -68,7 +68,7 @@ def assert_float32_equal(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 def assert_core_close(got: np.ndarray, expected: np.ndarray) -> None:
-    """An f16 cache rounds each key and value by up to 2^-11 = 5e-4; random layers amplify that a few times."""
+    """The cache rounds keys and values, by less than f16's 2^-11 = 5e-4; random layers amplify that a few times."""
     error = np.abs(got - expected)
     assert np.sqrt((error**2).mean()) < 1e-3 * expected.std()
     assert error.max() < 1e-2 * expected.std()
