@@ -72,9 +72,7 @@ def read_lessons(
     source: Source, renderer: Renderer, folder: Path, max_tokens: int, *, on_dialogue: Callable[[], None] = lambda: None
 ) -> Lessons:
     """Raises DialogueError naming the line that cannot be read or rendered, or a set without a training example."""
-    identity = renderer.identity
-    parts = (source.digest(), identity.tokenizer_digest, identity.template_digest, str(max_tokens))
-    digest = "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    digest = lessons_digest(source, renderer, max_tokens)
     kept = folder / f"tokens-{digest[7:23]}.npz"
     if not kept.exists():
         _tokenize(source, renderer, kept, max_tokens, on_dialogue)
@@ -85,6 +83,13 @@ def read_lessons(
     if not examples:
         raise DialogueError(f"{source.path}: no example of at most {max_tokens} tokens to train on")
     return Lessons(examples, difficulty, held_out, held_out_difficulty, digest, num_too_long)
+
+
+def lessons_digest(source: Source, renderer: Renderer, max_tokens: int) -> str:
+    """Of all that token ids depend on."""
+    identity = renderer.identity
+    parts = (source.digest(), identity.tokenizer_digest, identity.template_digest, str(max_tokens))
+    return "sha256:" + hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _tokenize(source: Source, renderer: Renderer, kept: Path, max_tokens: int, on_dialogue: Callable[[], None]) -> None:

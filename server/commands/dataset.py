@@ -1,6 +1,6 @@
-"""`sterna dataset generate|report|score`: tool-calling dialogues to train on, checked, and a served model's answers.
+"""`sterna dataset generate|report|score|card`: dialogues to train on, checked; a served model's answers, and its card.
 
-What makes and checks them is in finetune/dataset/dialogues, imported when it is needed; it takes no torch.
+What makes and checks them is in finetune/dataset/dialogues, imported when it is needed; only the card takes torch.
 """
 
 import json
@@ -26,6 +26,7 @@ usage: sterna dataset VERB ...
   generate   tool-calling dialogues as JSON lines: training, validation and held-out parts
   report     check a generated set: schemas, tool results, duplicates, balance, held-out parts; fails on a bad one
   score      ask a running server the held-out part and count right answers, beside simple baselines
+  card       a finished run of `sterna train` and its scores as a folder to ship: model, learning curve, model card
 
 example:
   sterna dataset generate ./dialogues --templates 3000 --seed 0 && sterna dataset report ./dialogues
@@ -37,7 +38,9 @@ class DatasetFault(SternaError):
 
 
 def main(arguments: Sequence[str]) -> int:
-    return run_verb("dataset", USAGE, {"generate": _generate, "report": _report, "score": _score}, arguments)
+    return run_verb(
+        "dataset", USAGE, {"generate": _generate, "report": _report, "score": _score, "card": _card}, arguments
+    )
 
 
 def _generate(arguments: Sequence[str]) -> None:
@@ -147,6 +150,30 @@ def _score(arguments: Sequence[str]) -> None:
             for metric, one in metrics.items()
         ],
     )  # fmt: skip
+
+
+def _card(arguments: Sequence[str]) -> None:
+    parser = Parser(
+        "dataset card",
+        "A finished run of `sterna train` as a folder to ship: its model and learning curve, and a README.md with how\n"
+        "it was made and what it reaches.",
+        "sterna dataset card ./dialogues ./nano models/my-nano --scores scores.json",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="the data set that it was trained on")
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of `sterna train`")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to ship; its name is the model's")
+    parser.add_argument(
+        "--scores", metavar="FILE", type=Path, required=True, help="what `sterna dataset score --json` printed"
+    )
+    options = parser.parse_args(arguments)
+    with _named_faults():
+        from finetune.extra import check_extra
+
+        check_extra()
+        from finetune.qat.card import write_card
+
+        write_card(options.folder, options.run, options.scores, options.out)
+    print(options.out / "README.md")
 
 
 def _print_tables(body: dict) -> None:
