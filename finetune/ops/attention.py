@@ -6,7 +6,8 @@ prefix's keys and values add up over the branches in float32, and go back throug
 float32 for bf16 inputs (float64 for float64); scores are what the layout says, their softmax sums in float32 always.
 Why not F.scaled_dot_product_attention: on a CPU its backward takes 2 to 3 times as long as these products (bf16, heads
 of 64: 13 ms for 4 x 256 rows), and it knows no prefix that branches share.
-Shapes: q (T, heads, D), k and v (T, kv_heads, D); inside, H is kv_heads and g query heads share one of them.
+Shapes: q (T, heads, D), k and v (T, kv_heads, D); inside, H is kv_heads, g query heads share one of them, and there are
+rows of zeros around the T, as tiles want them: Q = T + QUERY_STEP, K = KEY_STEP + T + QUERY_STEP.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from finetune.ops.attention_tiles import Tile
+from finetune.ops.attention_tiles import KEY_STEP, QUERY_STEP, Tile
 from finetune.ops.numeric import wide_dtype
 from finetune.ops.rope import rotate
 
@@ -42,13 +43,13 @@ class Attention(torch.autograd.Function):
         queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _values(v, layout)
         group, masks = q.shape[1] // k.shape[1], _Masks(queries)
         out = torch.empty_like(queries, dtype=q.dtype)
-        for tile in layout.tiles:
-            own = slice(tile.start * group, tile.end * group)
+        for tile in layout.tiles:  # in row order: what one computes too many, the next one writes over
+            own = slice(tile.start * group, (tile.start + tile.num_queries) * group)
             p = _probabilities(queries[:, own], _gather(keys, tile), masks, tile)
             torch.bmm(p.to(v.dtype), _gather(values, tile), out=out[:, own])
         ctx.save_for_backward(q, k, v)
         ctx.layout = layout
-        return _by_row(out, q)
+        return _by_row(out[:, : q.shape[0] * group], q)
 
     @staticmethod
     @once_differentiable
@@ -58,22 +59,24 @@ class Attention(torch.autograd.Function):
         queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _values(v, layout)
         narrow_queries, narrow_keys = queries.to(q.dtype), keys.to(q.dtype)
         group, masks = q.shape[1] // k.shape[1], _Masks(queries)
-        d_out = _grouped(grad, k.shape[1]).contiguous()
+        d_out = _grouped(grad, k.shape[1], grad.dtype)
         wide = layout.cos.dtype
         dq = torch.empty_like(narrow_queries)
         dk, dv = torch.zeros_like(keys, dtype=wide), torch.zeros_like(keys, dtype=wide)
         for tile in layout.tiles:
-            own = slice(tile.start * group, tile.end * group)
+            own = slice(tile.start * group, (tile.start + tile.num_queries) * group)
             p = _probabilities(queries[:, own], _gather(keys, tile), masks, tile)
+            p[:, (tile.end - tile.start) * group :] = 0  # queries too many: their keys and values get nothing
             dp = torch.bmm(d_out[:, own], _gather(values, tile).transpose(1, 2)).to(p.dtype)
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)  # p * (dp - sum(p * dp)); masked: p is 0
             _add_rows(dv, tile, torch.bmm(p.to(v.dtype).transpose(1, 2), d_out[:, own]))
             _add_rows(dk, tile, torch.bmm(ds.transpose(1, 2), narrow_queries[:, own]))
             torch.bmm(ds, _gather(narrow_keys, tile), out=dq[:, own])
-        dq = dq.to(wide)
+        dq = dq[:, : q.shape[0] * group].to(wide)
         scaled = _angles(layout, group, q.shape[-1] ** -0.5)
         rotate(dq, *scaled, inverse=True)
         _scale_rest(dq, scaled[0], q.shape[-1] ** -0.5)
+        dk, dv = _inner(dk), _inner(dv)
         rotate(dk, *_angles(layout, 1, 1.0), inverse=True)
         return _by_row(dq, q), _by_row(dk, k), _by_row(dv, v), None
 
@@ -91,15 +94,25 @@ class _Masks:
         return self._made[n]
 
 
-def _grouped(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """(T, heads, D) as (H, T * g, D): the queries of a row and a KV head beside each other, so a tile is one run."""
+def _grouped(x: torch.Tensor, num_kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """(T, heads, D) as (H, Q * g, D): the queries of a row and a KV head beside each other, so a tile is one run."""
     split = x.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
-    return split.reshape(num_kv_heads, -1, x.shape[-1])
+    found = torch.empty((num_kv_heads, len(x) + QUERY_STEP, *split.shape[2:]), dtype=dtype, device=x.device)
+    found[:, : len(x)].copy_(split)
+    found[:, len(x) :].zero_()
+    return found.flatten(1, 2)
 
 
 def _by_head(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(T, H, D) as (H, T, D): a contiguous copy."""
-    return x.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format, copy=True)
+    """(T, H, D) as (H, K, D)."""
+    found = torch.zeros((x.shape[1], KEY_STEP + len(x) + QUERY_STEP, x.shape[2]), dtype=dtype, device=x.device)
+    _inner(found).copy_(x.transpose(0, 1))
+    return found
+
+
+def _inner(x: torch.Tensor) -> torch.Tensor:
+    """The T rows of (H, K, D)."""
+    return x[:, KEY_STEP:-QUERY_STEP]
 
 
 def _by_row(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -115,12 +128,12 @@ def _angles(layout: Layout, group: int, scale: float) -> tuple[torch.Tensor, tor
 
 
 def _turned_queries(q: torch.Tensor, k: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(H, T * g, D) in the scores' type, scaled by 1/sqrt(D)."""
-    num_kv_heads, scale = k.shape[1], q.shape[-1] ** -0.5
-    split = q.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
-    wide = split.to(wide_dtype(q.dtype), memory_format=torch.contiguous_format, copy=True).flatten(1, 2)
-    cos, sin = _angles(layout, q.shape[1] // num_kv_heads, scale)
-    return _scale_rest(rotate(wide, cos, sin), cos, scale).to(layout.scores)
+    """(H, Q * g, D) in the scores' type, scaled by 1/sqrt(D)."""
+    group, scale = q.shape[1] // k.shape[1], q.shape[-1] ** -0.5
+    wide = _grouped(q, k.shape[1], wide_dtype(q.dtype))
+    cos, sin = _angles(layout, group, scale)
+    _scale_rest(rotate(wide[:, : len(q) * group], cos, sin), cos, scale)
+    return wide.to(layout.scores)
 
 
 def _scale_rest(x: torch.Tensor, cos: torch.Tensor, scale: float) -> torch.Tensor:
@@ -130,36 +143,36 @@ def _scale_rest(x: torch.Tensor, cos: torch.Tensor, scale: float) -> torch.Tenso
 
 
 def _turned_keys(k: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(H, T, D) in the scores' type."""
-    turned = rotate(_by_head(k, wide_dtype(k.dtype)), layout.cos, layout.sin)
+    """(H, K, D) in the scores' type."""
+    turned = _by_head(k, wide_dtype(k.dtype))
+    rotate(_inner(turned), layout.cos, layout.sin)
     return (turned if layout.cache is None else turned.to(layout.cache)).to(layout.scores)
 
 
 def _values(v: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(H, T, D) in v's type."""
+    """(H, K, D) in v's type."""
     return _by_head(v, v.dtype if layout.cache is None else layout.cache).to(v.dtype)
 
 
 def _probabilities(queries: torch.Tensor, keys: torch.Tensor, masks: _Masks, tile: Tile) -> torch.Tensor:
     """(H, n * g, keys) of a tile."""
-    n = tile.end - tile.start
+    n = tile.num_queries
     scores = torch.bmm(queries, keys.transpose(1, 2))
     scores.unflatten(1, (n, -1))[..., -n:].add_(masks.of(n))
+    scores[..., : tile.num_before] = -torch.inf
     return torch.softmax(scores, -1)
 
 
 def _gather(x: torch.Tensor, tile: Tile) -> torch.Tensor:
-    """The tile's rows of (H, T, D): a view where they are one run."""
-    if len(tile.runs) == 1:
-        start, end = tile.runs[0]
-        return x[:, start:end]
-    return torch.cat([x[:, start:end] for start, end in tile.runs], dim=1)
+    """The tile's rows of (H, K, D): a view where they are one run."""
+    parts = [x[:, KEY_STEP + start : KEY_STEP + end] for start, end in tile.computed_runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _add_rows(total: torch.Tensor, tile: Tile, part: torch.Tensor) -> None:
     at = 0
-    for start, end in tile.runs:
-        total[:, start:end] += part[:, at : at + end - start]
+    for start, end in tile.computed_runs:
+        total[:, KEY_STEP + start : KEY_STEP + end] += part[:, at : at + end - start]
         at += end - start
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.model.terms import RowTerms, sort_terms
+from finetune.model.terms import RowTerms, sort_terms, with_filler
 from finetune.ops.attention import Layout, attend
 from finetune.ops.attention_tiles import SegmentLike, make_tiles
 from finetune.ops.cross_entropy import HeadOptions, LossTerms, trained_cross_entropy
@@ -33,6 +33,9 @@ from quant.tensor_rules import EMBEDDING, OUTPUT_NORM
 
 _MEASURED_ROWS = 256
 """Whose logits exist at a time while a model is measured."""
+_LOSS_ROWS = 128
+"""Rows that carry loss are filled up to a multiple: their number is another one in each micro-batch, and oneDNN keeps a
+megabyte for each number and product (finetune/model/terms.py)."""
 
 
 class Teacher(Protocol):
@@ -123,23 +126,24 @@ class QatModel:
         ids = np.asarray(token_ids, np.int64)
         wanted = np.arange(len(ids)) if rows is None else np.asarray(rows, np.int64)
         hidden = self._hidden(ids, np.arange(len(ids)), (Segment(0, len(ids), -1),), wanted)
-        return torch.mm(hidden, self.weights.values().head.t()).to(self._wide)
+        return torch.mm(hidden[: len(wanted)], self.weights.values().head.t()).to(self._wide)
 
     @torch.no_grad()
     def hidden(self, packed: Packed, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """As a teacher."""
-        return (
-            self._hidden(packed.token_ids, packed.positions, packed.segments, rows),
-            self.weights.values().head,
-        )
+        found = self._hidden(packed.token_ids, packed.positions, packed.segments, rows)
+        return found[: len(rows)], self.weights.values().head
 
     def _hidden(
         self, token_ids: np.ndarray, positions: np.ndarray, segments: Sequence[SegmentLike], rows: np.ndarray
     ) -> Tensor:
-        """What the head multiplies, of `rows`, in the products' type."""
+        """What the head multiplies, of `rows` and more up to a multiple of _LOSS_ROWS, in the products' type."""
+        wanted = None
+        if len(rows) < len(token_ids):
+            wanted = self._tensor(np.append(rows, np.repeat(rows[-1:], -len(rows) % _LOSS_ROWS)))
+        token_ids, positions, segments = with_filler(token_ids, positions, segments)
         values, layout = self.weights.values(), self._layout(positions, segments)
         x = embed(self.parameters()[EMBEDDING], values.embedding, self._tensor(token_ids.astype(np.int64)))
-        wanted = None if len(rows) == len(token_ids) else self._tensor(rows)
         streams = Streams(x, self.shape.residual_streams)
         last = self.shape.num_layers - 1
         for index in range(self.shape.num_layers):

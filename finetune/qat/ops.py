@@ -6,6 +6,7 @@ says what becomes of activations; without passes nothing is rounded, and then ev
 the plain sense, which is how they are checked. Shapes: x (T, in), weights (out, in).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ from finetune.ops.numeric import wide_dtype
 from finetune.ops.rms_norm import rms_norm_backward, rms_norm_forward, rms_norm_weight_gradient
 from finetune.ops.swiglu import swiglu_backward, swiglu_forward
 from finetune.qat.quantizers import activations
+
+CHUNK_ELEMENTS = 1 << 17
+"""Worked on at a time, 0.5 MB of float32: what is between the steps of a rounding stays in the L2 cache."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,20 @@ class Rounding:
         return activations(x.to(wide_dtype(x.dtype)), self.passes).to(self.dtype)
 
 
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the same rows of all (T, ...), some at a time."""
+    step = max(1, CHUNK_ELEMENTS // max(1, tensors[0].shape[-1]))
+    return zip(*(tensor.split(step) for tensor in tensors), strict=True)
+
+
 class _Round(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounding: Rounding) -> Tensor:
         ctx.dtype = x.dtype
-        return rounding(x)
+        found = torch.empty_like(x, dtype=rounding.dtype)
+        for part, out in _chunks(x, found):
+            out.copy_(rounding(part))
+        return found
 
     @staticmethod
     @once_differentiable
@@ -48,28 +61,41 @@ class _Round(torch.autograd.Function):
 class _NormRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rounding: Rounding) -> Tensor:
-        y, rstd = rms_norm_forward(x, weight, eps, wide_dtype(x.dtype))
+        found, rstd = torch.empty_like(x, dtype=rounding.dtype), torch.empty_like(x[..., :1], dtype=wide_dtype(x.dtype))
+        for part, out, own in _chunks(x, found, rstd):
+            y, own[:] = rms_norm_forward(part, weight, eps, rstd.dtype)
+            out.copy_(rounding(y))
         ctx.save_for_backward(x, weight, rstd)
-        return rounding(y)
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
-        return rms_norm_backward(grad, x, weight, rstd), rms_norm_weight_gradient(grad, x, rstd), None, None
+        dx, dw = torch.empty_like(x), torch.zeros_like(weight)
+        for own_grad, part, own, out in _chunks(grad, x, rstd, dx):
+            out.copy_(rms_norm_backward(own_grad, part, weight, own))
+            dw += rms_norm_weight_gradient(own_grad, part, own)
+        return dx, dw, None, None
 
 
 class _SwigluRound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, rounding: Rounding) -> Tensor:
         ctx.save_for_backward(gate_up)
-        return rounding(swiglu_forward(gate_up))
+        found = torch.empty_like(gate_up[:, : gate_up.shape[1] // 2], dtype=rounding.dtype)
+        for part, out in _chunks(gate_up, found):
+            out.copy_(rounding(swiglu_forward(part)))
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        return swiglu_backward(grad, gate_up, F.silu(gate_up.chunk(2, dim=-1)[0])), None
+        found = torch.empty_like(gate_up)
+        for part, own_grad, out in _chunks(gate_up, grad, found):
+            out.copy_(swiglu_backward(own_grad, part, F.silu(part.chunk(2, dim=-1)[0])))
+        return found, None
 
 
 class _Linear(torch.autograd.Function):
