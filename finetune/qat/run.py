@@ -28,7 +28,7 @@ from finetune.qat.export import check_matrix_type, export_gguf
 from finetune.qat.memory import MemoryPlan, plan_memory
 from finetune.qat.metrics import Metrics
 from finetune.qat.model import QatModel
-from finetune.qat.phase import Phase, Tools, run_phase
+from finetune.qat.phase import Phase, Tools, phase_steps, run_phase
 from finetune.qat.picture import picture
 from finetune.qat.shape import Shape
 from finetune.qat.source import (
@@ -172,6 +172,8 @@ def _finish(model: QatModel, begin: _Begin, out: Path, kind: GGMLType, tools: To
 def _plan(model: QatModel, lessons: Lessons, settings: QatSettings) -> MemoryPlan:
     most = max(settings.micro_batch_tokens, *(len(one.token_ids) for one in lessons.examples))
     torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # imports torch._dynamo: 70 MB
+    epoch = settings.model_copy(update={"epochs": 1.0})
+    phase_steps(Phase(Path(), lessons.examples, ()), epoch)  # its micro-batches: 100 MB of 80,000 examples
     # What is there by now holds the shadows, which the plan counts itself.
     process = max(peak_bytes() - 4 * model.shape.num_parameters, 0)
     return plan_memory(model.shape, model.dtype, most, is_muon=settings.optimizer == "muon", process_bytes=process)
