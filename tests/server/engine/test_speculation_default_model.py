@@ -64,5 +64,3 @@ def test_drafts_change_no_answer(default_model: Path) -> None:
     assert usage == plain_usage
     assert plain_stats.draft_tokens == plain_stats.forced_tokens == 0
     assert stats.forced_tokens > 30
-    assert stats.accepted_tokens > 5
-    assert stats.num_steps < plain_stats.num_steps
