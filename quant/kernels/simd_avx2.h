@@ -94,6 +94,7 @@ inline VI vi_set(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)
 template <int N>
 inline VI vi_shl(VI a) { return {_mm256_slli_epi32(a.lo, N), _mm256_slli_epi32(a.hi, N)}; }
 inline VI operator+(VI a, VI b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+inline void vi_hide(VI& a) { asm volatile("" : "+m"(a)); }  // its value, from the compiler; registers have no room
 // 64 products, unsigned w times signed x, in sums of 16 bits: as the kernels do between two widenings.
 inline VI vi_dot(VI acc, VI w, VI x) {
   return {_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, x.lo)),
@@ -158,45 +159,55 @@ inline __m256i unpack_half(const uint8_t* q, int g) {
 template <int BITS>
 constexpr int kWiden = BITS == 2 ? 8 : BITS == 4 ? 8 : BITS == 5 ? 4 : BITS == 6 ? 2 : 1;
 
+// Sums are added in the order that is written: gcc reassociates them and keeps all products of a block on the stack, which
+// made four rows together take longer, each, than one alone.
+#define STERNA_IN_ORDER(a, b) asm volatile("" : "+x"(a), "+x"(b))
+
+// Both halves of the 16 lanes advance together, so that an activation is broadcast once.
 template <int BITS, int G0, int G1, int MR>
-inline void half_dot(const uint8_t* q, const ActBlock* a, __m256i* acc) {
+inline void block_dot(const uint8_t* q, const ActBlock* a, VI* acc) {
   const __m256i ones = _mm256_set1_epi16(1);
   constexpr int W = kWiden<BITS>;
 #pragma GCC unroll 8
   for (int g0 = G0; g0 < G1; g0 += W) {
-    __m256i sum[MR];
+    __m256i lo[MR], hi[MR];
     constexpr int N = (G1 - G0) < W ? (G1 - G0) : W;
 #pragma GCC unroll 8
     for (int g = g0; g < g0 + N; ++g) {
-      __m256i w = unpack_half<BITS>(q, g);
-      __m256i magnitude = w;
+      __m256i w_lo = unpack_half<BITS>(q, g), w_hi = unpack_half<BITS>(q + 32, g);
+      __m256i magnitude_lo = w_lo, magnitude_hi = w_hi;
       if constexpr (BITS == 8) {
-        w = _mm256_xor_si256(w, _mm256_set1_epi8(-128));  // back to signed
-        magnitude = _mm256_abs_epi8(w);
+        w_lo = _mm256_xor_si256(w_lo, _mm256_set1_epi8(-128));  // back to signed
+        w_hi = _mm256_xor_si256(w_hi, _mm256_set1_epi8(-128));
+        magnitude_lo = _mm256_abs_epi8(w_lo);
+        magnitude_hi = _mm256_abs_epi8(w_hi);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < MR; ++r) {
         int32_t four;
         __builtin_memcpy(&four, a[r].q + 4 * g, 4);
-        __m256i x = _mm256_set1_epi32(four);
-        if constexpr (BITS == 8) x = _mm256_sign_epi8(x, w);
-        const __m256i p = _mm256_maddubs_epi16(magnitude, x);
-        sum[r] = g == g0 ? p : _mm256_add_epi16(sum[r], p);
+        const __m256i x = _mm256_set1_epi32(four);
+        __m256i x_lo = x, x_hi = x;
+        if constexpr (BITS == 8) {
+          x_lo = _mm256_sign_epi8(x, w_lo);
+          x_hi = _mm256_sign_epi8(x, w_hi);
+        }
+        const __m256i p_lo = _mm256_maddubs_epi16(magnitude_lo, x_lo), p_hi = _mm256_maddubs_epi16(magnitude_hi, x_hi);
+        lo[r] = g == g0 ? p_lo : _mm256_add_epi16(lo[r], p_lo);
+        hi[r] = g == g0 ? p_hi : _mm256_add_epi16(hi[r], p_hi);
+        if constexpr (W > 1) STERNA_IN_ORDER(lo[r], hi[r]);
       }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < MR; ++r) acc[r] = _mm256_add_epi32(acc[r], _mm256_madd_epi16(sum[r], ones));
+    for (int r = 0; r < MR; ++r) {
+      acc[r].lo = _mm256_add_epi32(acc[r].lo, _mm256_madd_epi16(lo[r], ones));
+      acc[r].hi = _mm256_add_epi32(acc[r].hi, _mm256_madd_epi16(hi[r], ones));
+      if constexpr (G1 - G0 > W) STERNA_IN_ORDER(acc[r].lo, acc[r].hi);
+    }
   }
 }
 
-template <int BITS, int G0, int G1, int MR>
-inline void block_dot(const uint8_t* q, const ActBlock* a, VI* acc) {
-  __m256i lo[MR], hi[MR];
-  for (int r = 0; r < MR; ++r) lo[r] = acc[r].lo, hi[r] = acc[r].hi;
-  half_dot<BITS, G0, G1, MR>(q, a, lo);
-  half_dot<BITS, G0, G1, MR>(q + 32, a, hi);
-  for (int r = 0; r < MR; ++r) acc[r] = {lo[r], hi[r]};
-}
+#undef STERNA_IN_ORDER
 
 }  // namespace
 }  // namespace sterna

@@ -61,6 +61,7 @@ inline VI vi_set(int32_t x) { return {_mm512_set1_epi32(x)}; }
 template <int N>
 inline VI vi_shl(VI a) { return {_mm512_slli_epi32(a.v, N)}; }
 inline VI operator+(VI a, VI b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline void vi_hide(VI& a) { asm volatile("" : "+v"(a.v)); }  // its value, from the compiler
 // 64 products, unsigned w times signed x.
 inline VI vi_dot(VI acc, VI w, VI x) { return {_mm512_dpbusd_epi32(acc.v, w.v, x.v)}; }
 inline VF vf_from(VI a) { return {_mm512_cvtepi32_ps(a.v)}; }

@@ -100,6 +100,7 @@ inline VI vi_zero() { return vi_set(0); }
 template <int N>
 inline VI vi_shl(VI a) { STERNA_LANES a.v[i] *= 1 << N; return a; }
 inline VI operator+(VI a, VI b) { STERNA_LANES a.v[i] += b.v[i]; return a; }
+inline void vi_hide(VI& a) { asm volatile("" : "+m"(a)); }
 inline VI vi_dot(VI acc, VI w, VI x) {
   for (int byte = 0; byte < 64; ++byte)
     acc.v[byte / 4] += ((w.v[byte / 4] >> 8 * (byte % 4)) & 255) * static_cast<int8_t>(x.v[byte / 4] >> 8 * (byte % 4));
