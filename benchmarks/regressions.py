@@ -38,7 +38,7 @@ ATTEMPTS = 3
 
 OVER_SCALAR = 10.0
 """Measured: 92-123x (avx512), 37-95x (avx2). Compilers differ in what they make of the scalar twin: a wide bound."""
-# Share of the int8 peak with one row and with 64. Measured on a shared Zen 4 core: avx512 49, 47, 46 % and 84, 70, 76 %;
+# Share of the int8 peak with one row and with 64. Measured (a shared Zen 4 core): avx512 49, 47, 46 % and 84, 70, 76 %;
 # avx2 54, 50, 32 % and 76, 73, 38 %, where 76 and 73 were 38 while the compiler kept products on the stack.
 KERNEL_BOUNDS = {
     "avx512": {GGMLType.TQ2_0: (0.20, 0.45), GGMLType.Q4_1: (0.20, 0.40), GGMLType.Q8_0: (0.20, 0.40)},
