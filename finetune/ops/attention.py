@@ -31,8 +31,6 @@ class Layout:
     sin: torch.Tensor
     scores: torch.dtype
     """Of scores and probabilities: with bf16 inputs bf16, or float32 for twice the attention's time."""
-    cache: torch.dtype | None = None
-    """Keys and values are rounded to this type, as a KV cache has them; gradients go straight through."""
 
 
 class Attention(torch.autograd.Function):
@@ -40,7 +38,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout) -> torch.Tensor:
-        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _values(v, layout)
+        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _by_head(v, v.dtype)
         group, masks = q.shape[1] // k.shape[1], _Masks(queries)
         out = torch.empty_like(queries, dtype=q.dtype)
         for tile in layout.tiles:  # in row order: what one computes too many, the next one writes over
@@ -56,7 +54,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
         q, k, v = ctx.saved_tensors
         layout: Layout = ctx.layout
-        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _values(v, layout)
+        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _by_head(v, v.dtype)
         narrow_queries, narrow_keys = queries.to(q.dtype), keys.to(q.dtype)
         group, masks = q.shape[1] // k.shape[1], _Masks(queries)
         d_out = _grouped(grad, k.shape[1], grad.dtype)
@@ -146,12 +144,7 @@ def _turned_keys(k: torch.Tensor, layout: Layout) -> torch.Tensor:
     """(H, K, D) in the scores' type."""
     turned = _by_head(k, wide_dtype(k.dtype))
     rotate(_inner(turned), layout.cos, layout.sin)
-    return (turned if layout.cache is None else turned.to(layout.cache)).to(layout.scores)
-
-
-def _values(v: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """(H, K, D) in v's type."""
-    return _by_head(v, v.dtype if layout.cache is None else layout.cache).to(v.dtype)
+    return turned.to(layout.scores)
 
 
 def _probabilities(queries: torch.Tensor, keys: torch.Tensor, masks: _Masks, tile: Tile) -> torch.Tensor:

@@ -4,8 +4,8 @@
     model.loss(packed, normalizer).total.backward()      # fills parameters()[name].grad
 
 Everything is trained. The residual stream, norms, softmax sums and the loss are float32; products run in `dtype`
-(bfloat16, float16: automatic mixed precision written out; float32; float64 for checks). In float32 the keys and values
-are rounded to f16 as the engine's cache does. `is_quantized=False` is the same model in full precision. Equal inputs
+(bfloat16, float16: automatic mixed precision written out; float32; float64 for checks). The engine's int16
+keys and values are exact enough to be left out. `is_quantized=False` is the same model in full precision. Equal inputs
 give equal bits at one thread count. Not covered: the optimizer and the loop (finetune/train), data (data.py).
 """
 
@@ -182,8 +182,7 @@ class QatModel:
             factors=None,
             dtype=self._wide,
         )
-        cache = torch.float16 if self.is_quantized and self.dtype == torch.float32 else None
-        return Layout(make_tiles(segments, self.shape.num_heads), cos, sin, self.dtype, cache)
+        return Layout(make_tiles(segments, self.shape.num_heads), cos, sin, self.dtype)
 
     def _mix(self, layer: int, sublayer: int) -> Tensor | None:
         """(5,): alpha, pre0, pre1, post0, post1."""

@@ -80,7 +80,7 @@ def test_the_file_gives_the_trained_logits(name: str, tmp_path: Path) -> None:
     model = QatModel(tiny_shape(**FILES[name]), dtype=torch.bfloat16)
     run(tmp_path / "run", model, num_steps=15)
     path, wide = exported(tmp_path / "model.gguf", model), copied(model, dtype=torch.float32)
-    texts = [noisy(seed, 120) for seed in range(3)]
+    texts = [noisy(seed, 120) for seed in range(20)]
     for isa in ("scalar", "auto"):
         share, worst = agreement(wide, path, texts, isa)
         assert share >= 0.995
