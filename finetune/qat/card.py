@@ -80,7 +80,7 @@ def _read_scores(path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         measured = found["scores"]["model"]["families"].keys()
-        _ = found["dataset"], found["num_dialogues"], found["scores"]["nearest"]["families"]
+        _ = found["dataset"], found["limit"], found["num_dialogues"], found["scores"]["nearest"]["families"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is not what `sterna dataset score --json` prints: {error!r}") from error
     if missing := [_words(metric) for metric in TARGETS if metric not in measured]:
@@ -134,7 +134,8 @@ def _card(
     yield "$ sterna dataset report ./dialogues"
     yield f"$ sterna train ./dialogues ./nano {' '.join(train_flags(state['identity']))}"
     yield "$ sterna serve ./nano"
-    yield "$ sterna dataset score ./dialogues --json > scores.json"
+    limit = "" if scores["limit"] is None else f" --limit {scores['limit']}"
+    yield f"$ sterna dataset score ./dialogues{limit} --json > scores.json"
     yield f"$ sterna dataset card ./dialogues ./nano models/{name} --scores scores.json\n```"
     yield "\n## Limits\n"
     yield LIMITS

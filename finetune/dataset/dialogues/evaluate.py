@@ -49,6 +49,7 @@ def evaluate(
     return {
         "model": name,
         "dataset": manifest["digest"],
+        "limit": limit,
         "num_dialogues": len(held_out),
         "scores": {side: scoring.body(one) for side, one in scores.items()},
     }

@@ -104,6 +104,7 @@ def check_card(folder: Path, scores: dict[str, Any], capsys: pytest.CaptureFixtu
     assert "--layers 1" in card
     assert "--max-steps 24" in card
     assert f"On {scores['num_dialogues']} of " in card
+    assert f"$ sterna dataset score ./dialogues --limit {scores['limit']} --json" in card
     share = scores["scores"]["nearest"]["families"]["right_tool"]["share"]
     row = next(line for line in card.splitlines() if line.startswith("| seen tools, unseen families | right tool"))
     assert row.endswith(f"| {share:.1%} |")
