@@ -66,6 +66,7 @@ class QatSettings(BaseModel):
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to it")
     epochs: Positive = Field(1.0, description="passes over the training data")
     max_steps: Count | None = Field(None, description="optimizer steps at most [as the epochs say]")
+    copying: NotNegative = Field(0.0, description="for each example so many of random tokens to copy (copying.py)")
     tokens_per_step: Count = Field(8192, description="real tokens of an optimizer step, about")
     micro_batch_tokens: Count = Field(4096, description="rows computed at once")
     entropy_weight: float = Field(0.0, allow_inf_nan=False, description="of the mean entropy, subtracted from the loss")

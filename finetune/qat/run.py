@@ -11,7 +11,7 @@ command line (server/commands/train.py), the loop (finetune/train), one stretch 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from finetune.dataset.render import Renderer
 from finetune.errors import TrainingError
 from finetune.model.allocator import keep_freed_memory
 from finetune.qat.config import QatSettings
+from finetune.qat.copying import copying_examples, plain_tokens
 from finetune.qat.curriculum import run_curriculum
 from finetune.qat.data import Lessons, Source, read_lessons
 from finetune.qat.export import check_matrix_type, export_gguf
@@ -80,7 +81,7 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
         begin = _begin(source, out, settings)
         kind = check_matrix_type(begin.shape, GGMLType[settings.type.upper()] if settings.type else None)
         limit = min(begin.shape.context_length, settings.micro_batch_tokens)
-        lessons = read_lessons(source, begin.renderer, out, limit)
+        lessons = _with_copying(read_lessons(source, begin.renderer, out, limit), begin, settings)
         model = QatModel(begin.shape, dtype=_dtype(settings), device=settings.device, seed=settings.seed)
         if begin.parameters is not None:
             take_parameters(model.parameters(), begin.parameters)
@@ -115,6 +116,14 @@ def _begin(source: Source, out: Path, settings: QatSettings) -> _Begin:
         )
     metadata = {f"tokenizer.{key}": value for key, value in vocabulary.metadata().items()}
     return _Begin(made_shape(settings), metadata, vocabulary.renderer(), None, None)
+
+
+def _with_copying(lessons: Lessons, begin: _Begin, settings: QatSettings) -> Lessons:
+    number = round(settings.copying * len(lessons.examples))
+    if not number:
+        return lessons
+    copies = copying_examples(plain_tokens(begin.metadata, lessons.examples), number, seed=settings.seed)
+    return replace(lessons, examples=lessons.examples + copies, difficulty=lessons.difficulty + [0.0] * number)
 
 
 def _tools(

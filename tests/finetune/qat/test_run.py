@@ -74,10 +74,11 @@ def test_a_killed_run_goes_on_and_its_file_is_served(data: Path, tmp_path: Path)
         if step == 5:
             raise KilledError
 
-    facts = run(data, tmp_path / "one", tiny(), quiet())
+    settings = tiny(copying=0.5)
+    facts = run(data, tmp_path / "one", settings, quiet())
     with pytest.raises(KilledError):
-        run(data, tmp_path / "two", tiny(), quiet(kill))
-    again = run(data, tmp_path / "two", tiny(), quiet())
+        run(data, tmp_path / "two", settings, quiet(kill))
+    again = run(data, tmp_path / "two", settings, quiet())
     assert (tmp_path / "one" / MODEL).read_bytes() == (tmp_path / "two" / MODEL).read_bytes()
     assert again["held_out"] == facts["held_out"]
     logged = [json.loads(text) for text in (tmp_path / "one" / METRICS).read_text().splitlines()]
@@ -90,7 +91,7 @@ def test_a_killed_run_goes_on_and_its_file_is_served(data: Path, tmp_path: Path)
     file.close()
     assert Renderer.open(Path(facts["model"])).tokenizer.vocab_size == 300
     with pytest.raises(TrainingError, match="learning_rate differ"):
-        run(data, tmp_path / "one", tiny(learning_rate=1.0), quiet())
+        run(data, tmp_path / "one", tiny(copying=0.5, learning_rate=1.0), quiet())
     with pytest.raises(TrainingError, match="has 300 tokens, vocab_size is 310"):
         run(data, tmp_path / "one", tiny(vocab_size=310), quiet())
 
