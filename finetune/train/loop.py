@@ -96,7 +96,7 @@ def train(
     """
     ranks = ranks or Alone()
     parameters = model.parameters()
-    optimizer = NamedOptimizer(parameters, settings, adamw_names=adamw_names)
+    optimizer = NamedOptimizer(parameters, settings, adamw_names=adamw_names, ranks=ranks)
     checkpoints = Checkpoints(directory, {"settings": settings.as_json(), **identity})
     progress = begin_scaling(Progress()) if has_loss_scale else Progress()
     found = checkpoints.newest()
@@ -147,8 +147,10 @@ def train(
         on_step(StepLog(progress.step, loss, rate, grad_norm, num_tokens, num_tokens / seconds, validation))
         if validation is not None and progress.best_step == progress.step and ranks.rank == 0:
             checkpoints.save_best(progress, parameters)
-        if ranks.rank == 0 and (is_last or progress.step % settings.checkpoint_every == 0 or validation is not None):
-            checkpoints.save(progress, parameters, optimizer.state())
+        if is_last or progress.step % settings.checkpoint_every == 0 or validation is not None:
+            state = optimizer.state()
+            if ranks.rank == 0:
+                checkpoints.save(progress, parameters, state)
 
     if progress.best_step is not None and progress.best_step != progress.step:
         _copy_into(parameters, checkpoints.load_best(progress.best_step))

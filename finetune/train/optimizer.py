@@ -3,6 +3,9 @@
 Muon (orthogonalized momentum, Jordan 2024) is for hidden matrices: whatever is not two-dimensional, and what the caller
 names (embeddings, the head), stays with AdamW at the same learning rate (Muon's steps are scaled to match AdamW's RMS,
 arXiv:2502.16982). Weights of norms, biases and scalars (whatever has one dimension) do not decay.
+
+Of several processes each orthogonalizes its part of the matrices and tells the others: it takes 0.8 s of a 4.7 s step
+of the shipped model, which every process would spend again.
 """
 
 from collections.abc import Mapping
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import TrainingError
+from finetune.train.ranks import Alone, Ranks
 from finetune.train.settings import TrainSettings
 
 
@@ -19,7 +23,12 @@ class NamedOptimizer:
     """One or two of torch's optimizers as one. `adamw_names`: matrices that Muon is not for."""
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], settings: TrainSettings, *, adamw_names: frozenset[str] = frozenset()
+        self,
+        parameters: Mapping[str, Tensor],
+        settings: TrainSettings,
+        *,
+        adamw_names: frozenset[str] = frozenset(),
+        ranks: Ranks | None = None,
     ) -> None:
         self._parameters = dict(sorted(parameters.items()))
         is_muon = {
@@ -28,7 +37,9 @@ class NamedOptimizer:
         }
         self._parts: list[tuple[list[str], torch.optim.Optimizer]] = []
         adamw = [name for name, muon in is_muon.items() if not muon]
-        muon = [name for name, muon in is_muon.items() if muon]
+        self._ranks = ranks or Alone()
+        self._muon = _shared_out([name for name, muon in is_muon.items() if muon], parameters, self._ranks.world_size)
+        muon = self._muon[self._ranks.rank]
         betas = (settings.beta1, settings.beta2)
         matrices = [name for name in adamw if self._parameters[name].ndim > 1]
         vectors = [name for name in adamw if self._parameters[name].ndim <= 1]
@@ -57,6 +68,9 @@ class NamedOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
+        for rank, names in enumerate(self._muon):
+            if names:
+                self._ranks.spread([self._parameters[name] for name in names], rank)
 
     def clear_gradients(self) -> None:
         for tensor in self._parameters.values():
@@ -72,12 +86,22 @@ class NamedOptimizer:
         return found
 
     def state(self) -> dict[str, Tensor]:
-        """`<parameter>/<moment>` -> tensor."""
+        """`<parameter>/<moment>` -> tensor, whole on rank 0. All ranks have to ask together."""
         state: dict[str, Tensor] = {}
         for names, optimizer in self._parts:
             for name, tensor in zip(names, optimizer.param_groups[0]["params"], strict=True):
                 for key, value in optimizer.state[tensor].items():
                     state[f"{name}/{key}"] = value.detach().clone().contiguous()
+        for rank, names in enumerate(self._muon[1:], 1):
+            moments = {
+                f"{name}/momentum_buffer": state.get(
+                    f"{name}/momentum_buffer", torch.empty_like(self._parameters[name])
+                )
+                for name in names
+            }
+            if moments:
+                self._ranks.spread(list(moments.values()), rank)
+            state |= moments
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -92,3 +116,14 @@ class NamedOptimizer:
             content: dict[str, Any] = optimizer.state_dict()
             content["state"] = {index: by_name[name] for index, name in enumerate(names) if by_name[name]}
             optimizer.load_state_dict(content)
+
+
+def _shared_out(names: list[str], parameters: Mapping[str, Tensor], num_ranks: int) -> list[list[str]]:
+    """By rank: the largest first, each to the rank that has the least to do."""
+    shares: list[list[str]] = [[] for _ in range(num_ranks)]
+    work = [0] * num_ranks
+    for name in sorted(names, key=lambda name: -parameters[name].numel()):
+        rank = work.index(min(work))
+        shares[rank].append(name)
+        work[rank] += parameters[name].numel()
+    return [sorted(share) for share in shares]

@@ -27,6 +27,9 @@ class Ranks(Protocol):
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """In place."""
 
+    def spread(self, tensors: Sequence[Tensor], source: int) -> None:
+        """What rank `source` has in them, into all ranks' tensors."""
+
 
 class Alone:
     """One process."""
@@ -39,6 +42,9 @@ class Alone:
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Nothing to add."""
+
+    def spread(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Nobody to tell."""
 
 
 class Distributed:
@@ -58,13 +64,27 @@ class Distributed:
         return float(total)
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """As one message: many small ones cost a round trip each."""
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = _flat(gradients)
         dist.all_reduce(flat)
-        start = 0
-        for gradient in gradients:
-            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-            start += gradient.numel()
+        _into(gradients, flat)
+
+    def spread(self, tensors: Sequence[Tensor], source: int) -> None:
+        flat = _flat(tensors)
+        dist.broadcast(flat, source)
+        if source != self.rank:
+            _into(tensors, flat)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """As one message: many small ones cost a round trip each."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+@torch.no_grad()
+def _into(tensors: Sequence[Tensor], flat: Tensor) -> None:
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
 
 
 @contextmanager
