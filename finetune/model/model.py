@@ -21,7 +21,7 @@ from finetune.model.answer_losses import OFF, CallHead, margins, token_weights, 
 from finetune.model.checkpointing import LayerInputs, run_checkpointed
 from finetune.model.layer import Dropout, Layer, make_layer
 from finetune.model.lora import LoraSpec, keyed_generator, make_factors
-from finetune.model.terms import RowTerms, part_with_rows, sort_terms, with_filler
+from finetune.model.terms import ROWS, RowTerms, filled_up, part_with_rows, sort_terms, with_filler
 from finetune.model.weights import FrozenWeights
 from finetune.ops.attention import Layout
 from finetune.ops.attention_tiles import SegmentLike, make_tiles
@@ -182,12 +182,13 @@ class TrainModel:
         ids, wanted = np.asarray(token_ids, np.int64), np.asarray(rows, np.int64)
         whole = (Segment(0, len(ids), -1),)
         hidden = self._hidden(self._layers, ids, np.arange(len(ids)), whole, wanted)
-        return torch.mm(hidden, self.frozen.head.t()).to(self._wide)
+        return torch.mm(hidden[: len(wanted)], self.frozen.head.t()).to(self._wide)
 
     @torch.no_grad()
     def base_hidden(self, packed: Packed, rows: np.ndarray) -> torch.Tensor:
         """What the head multiplies at `rows`, of the base without LoRA: a teacher's answers."""
-        return self._hidden(self._base_layers, packed.token_ids, packed.positions, packed.segments, rows)
+        hidden = self._hidden(self._base_layers, packed.token_ids, packed.positions, packed.segments, rows)
+        return hidden[: len(rows)]
 
     def _hidden(
         self,
@@ -197,7 +198,8 @@ class TrainModel:
         segments: Sequence[SegmentLike],
         rows: np.ndarray,
     ) -> torch.Tensor:
-        """Normalized hidden states of `rows` behind the last layer, in the compute type."""
+        """Normalized hidden states of `rows`, the last again up to a multiple of ROWS, behind the last layer, in the
+        compute type."""
         config = self.config
         token_ids, positions, segments = with_filler(token_ids, positions, segments)
         at = torch.from_numpy(np.asarray(positions, np.int64)).to(self.device)
@@ -209,7 +211,7 @@ class TrainModel:
             dtype=self._wide,
         )
         layout = Layout(make_tiles(segments, config.num_heads), cos, sin, self._residual)
-        wanted = torch.from_numpy(rows).to(self.device)
+        wanted = torch.from_numpy(filled_up(rows, ROWS)).to(self.device)
         x = self.frozen.embed(token_ids, self._residual)
         is_checkpointing = self.options.checkpointing and torch.is_grad_enabled()
         if is_checkpointing:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.model.terms import RowTerms, sort_terms, with_filler
+from finetune.model.terms import RowTerms, filled_up, sort_terms, with_filler
 from finetune.ops.attention import Layout, attend
 from finetune.ops.attention_tiles import SegmentLike, make_tiles
 from finetune.ops.cross_entropy import HeadOptions, LossTerms, trained_cross_entropy
@@ -140,7 +140,7 @@ class QatModel:
         """What the head multiplies, of `rows` and more up to a multiple of _LOSS_ROWS, in the products' type."""
         wanted = None
         if len(rows) < len(token_ids):
-            wanted = self._tensor(np.append(rows, np.repeat(rows[-1:], -len(rows) % _LOSS_ROWS)))
+            wanted = self._tensor(filled_up(rows, _LOSS_ROWS))
         token_ids, positions, segments = with_filler(token_ids, positions, segments)
         values, layout = self.weights.values(), self._layout(positions, segments)
         x = embed(self.parameters()[EMBEDDING], values.embedding, self._tensor(token_ids.astype(np.int64)))

@@ -14,6 +14,8 @@ import torch
 
 from finetune.model.lora import LoraSpec
 from finetune.model.model import TrainModel
+from finetune.model.terms import ROWS
+from finetune.ops.cross_entropy import linear_cross_entropy
 from finetune.packed import Packed
 from quant.formats import GGMLType
 from tests.finetune.model.builders import pack, plain, some_samples
@@ -46,6 +48,26 @@ def assert_equal(
     assert got[0] == pytest.approx(expected[0], rel=tolerance)
     for name, gradient in expected[1].items():
         assert (got[1][name] - gradient).abs().max() <= tolerance * max(1.0, gradient.abs().max().item()), name
+
+
+@pytest.mark.parametrize("kl", [False, True], ids=["ce", "kl"])
+def test_rows_of_loss_that_are_filled_up_change_nothing(
+    kl: bool, open_tiny: Opener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = pack(some_samples(kl=kl), share=True)
+    found = []
+    for is_filled in (True, False):
+        model, sizes = open_tiny(dtype=torch.float64), []
+        if not is_filled:
+            monkeypatch.setattr("finetune.model.model.filled_up", lambda rows, multiple: rows)
+        monkeypatch.setattr(
+            "finetune.model.model.linear_cross_entropy",
+            lambda hidden, *rest, sizes=sizes: (sizes.append(len(hidden)), linear_cross_entropy(hidden, *rest))[1],
+        )
+        found.append(run(model, [packed]))
+        assert (sizes[0] % ROWS == 0) is is_filled
+        assert len(model.logits(packed.token_ids[:5], [1, 2, 4])) == 3
+    assert_equal(*found, TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("kl", [False, True], ids=["ce", "kl"])
