@@ -38,7 +38,9 @@ class Steps:
     ) -> None:
         """A micro-batch is longer where an example is: it and those that share its prompt. `references`: of the pairs,
         by id. `window`: dialogues in a drawn order, so many examples packed together; None: all, which shares most rows
-        and makes micro-batches of examples that begin alike."""
+        and makes micro-batches of examples that begin alike. Rounds take None: half a micro-batch holds two traces with
+        tools, a call and a refusal of one tool set as often as not, and a window of 64 computes a quarter more rows for
+        steps that are less alike (docs/loop.md)."""
         self._examples = examples
         self._pairs, self._references = pairs, references or {}
         self._seed = seed
