@@ -34,7 +34,8 @@ def copying_examples(tokens: NDArray[np.int32], number: int, *, seed: int) -> li
 
 
 def _example(tokens: NDArray[np.int32], name: str, rng: np.random.Generator) -> Example:
-    lengths = np.exp(rng.uniform(*np.log(LENGTHS), size=rng.integers(1, MOST_RUNS + 1)))
+    shortest, longest = np.log(LENGTHS)
+    lengths = np.exp(rng.uniform(shortest, longest, size=int(rng.integers(1, MOST_RUNS + 1))))
     runs = [rng.choice(tokens, round(length)) for length in lengths]
     again = [runs[place] for place in rng.permutation(len(runs))]
     weights = [np.zeros(sum(map(len, runs)))]
