@@ -47,6 +47,7 @@ class QatSettings(BaseModel):
         None, description="of the ternary matrices in the file [tq2_0; q4_0 for groups of 64 and 128]"
     )
     base: Path | None = Field(None, description="begin with this llama model (GGUF or Hugging Face) [from scratch]")
+    induction: bool = Field(False, description="from scratch: begin with attention that copies (induction.py)")
     ternary_after: Share = Field(
         0.0, description="share of the steps in which weights go from full precision to ternary; 0: ternary at once"
     )
@@ -82,6 +83,8 @@ class QatSettings(BaseModel):
     def _shares_of_one_run(self) -> Self:
         if self.warmup_share + self.decay_share > 1:
             raise ValueError("warmup_share and decay_share together are above 1")
+        if self.induction and self.base is not None:
+            raise ValueError("induction is for models from scratch; a base brings its own weights")
         return self
 
     def identity(self) -> dict[str, Any]:

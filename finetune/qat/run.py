@@ -26,6 +26,7 @@ from finetune.qat.copying import copying_examples, plain_tokens
 from finetune.qat.curriculum import run_curriculum
 from finetune.qat.data import Lessons, Source, read_lessons
 from finetune.qat.export import check_matrix_type, export_gguf
+from finetune.qat.induction import begin_with_induction
 from finetune.qat.memory import MemoryPlan, plan_memory
 from finetune.qat.metrics import Metrics
 from finetune.qat.model import QatModel
@@ -83,6 +84,8 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
         limit = min(begin.shape.context_length, settings.micro_batch_tokens)
         lessons = _with_copying(read_lessons(source, begin.renderer, out, limit), begin, settings)
         model = QatModel(begin.shape, dtype=_dtype(settings), device=settings.device, seed=settings.seed)
+        if settings.induction:
+            begin_with_induction(begin.shape, model.parameters(), seed=settings.seed)
         if begin.parameters is not None:
             take_parameters(model.parameters(), begin.parameters)
         console.status("")

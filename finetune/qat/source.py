@@ -18,6 +18,7 @@ from finetune.model.model import TrainModel
 from finetune.model.weights import FrozenWeights
 from finetune.packed import Packed
 from finetune.qat.config import QatSettings
+from finetune.qat.induction import ROPE_THETA
 from finetune.qat.quantizers import Ternary
 from finetune.qat.shape import Shape
 from quant.model_file import ModelFile, open_model
@@ -40,6 +41,7 @@ def made_shape(settings: QatSettings) -> Shape:
         ternary=Ternary(settings.ternary, settings.group),
         embedding_type=settings.embedding_type,
         name=settings.name,
+        **({"rope_theta": ROPE_THETA} if settings.induction else {}),
     )
 
 

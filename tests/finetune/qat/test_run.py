@@ -110,6 +110,15 @@ def test_from_a_model_and_with_a_teacher(data: Path, tmp_path: Path) -> None:
         run(data, tmp_path / "other", tiny(teacher=base), quiet())
 
 
+def test_it_can_begin_with_attention_that_copies(data: Path, tmp_path: Path) -> None:
+    facts = run(data, tmp_path / "out", tiny(layers=2, max_steps=2, induction=True), quiet())
+    file = open_model(Path(facts["model"]))
+    assert file.config.rope_theta == 1e6
+    file.close()
+    with pytest.raises(ConfigError, match="a base brings its own weights"):
+        load_qat_settings({"induction": True, "base": "model.gguf"}, environ={})
+
+
 def test_what_cannot_be_a_base(data: Path, tmp_path: Path) -> None:
     qwen = write_tiny_gguf(tmp_path / "qwen.gguf", architecture="qwen2")
     with pytest.raises(TrainingError, match="architecture qwen2"):
