@@ -199,3 +199,8 @@ def test_two_processes_equal_one_with_double_accumulation(tmp_path: Path) -> Non
     found: dict[str, Tensor] = load_file(folder / "out.safetensors")
     assert json.loads((folder / "out.json").read_text()) == pytest.approx([log.loss for log in logs], rel=1e-9)
     assert all(torch.allclose(alone[name], found[name], rtol=1e-6, atol=1e-9) for name in alone)
+    moments, gathered = (
+        load_file(one / "step-00000004" / "optimizer.safetensors") for one in (tmp_path / "alone", folder)
+    )
+    assert moments.keys() == gathered.keys()
+    assert all(torch.allclose(moments[name], gathered[name], rtol=1e-6, atol=1e-9) for name in moments)
