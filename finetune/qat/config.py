@@ -60,6 +60,7 @@ class QatSettings(BaseModel):
     threads: Count | None = Field(None, description="threads that compute [the physical cores]")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="of the layers' matrices; AdamW for the rest")
     learning_rate: Positive = Field(2e-3, description="the peak")
+    embedding_rate: Positive = Field(1.0, description="times the rate, for the embedding and the head")
     schedule: Literal["cosine", "wsd"] = Field("wsd", description="wsd: warm-up, stable, decay")
     warmup_share: Share = Field(0.02, description="of the steps")
     decay_share: Share = Field(0.3, description="of the steps, at the end of wsd")

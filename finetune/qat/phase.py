@@ -84,6 +84,7 @@ def run_phase(phase: Phase, tools: Tools) -> Done:
         ranks=tools.ranks,
         on_step=log.step,
         adamw_names=VOCABULARY_TENSORS,
+        adamw_rate=settings.embedding_rate,
         has_loss_scale=tools.model.dtype == torch.float16,
         is_complete=log.is_complete,
     )

@@ -1,14 +1,15 @@
 """torch's AdamW and Muon over named parameters, with a state that goes into safetensors and comes back bit for bit.
 
 Muon (orthogonalized momentum, Jordan 2024) is for hidden matrices: whatever is not two-dimensional, and what the caller
-names (embeddings, the head), stays with AdamW at the same learning rate (Muon's steps are scaled to match AdamW's RMS,
-arXiv:2502.16982). Weights of norms, biases and scalars (whatever has one dimension) do not decay.
+names (embeddings, the head), stays with AdamW. Muon's steps are scaled to match AdamW's RMS (arXiv:2502.16982), so that
+one learning rate does for both. Weights of norms, biases and scalars (whatever has one dimension) do not decay.
 
 Of several processes each orthogonalizes its part of the matrices and tells the others: it takes 0.8 s of a 4.7 s step
 of the shipped model, which every process would spend again.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +20,17 @@ from finetune.train.ranks import Alone, Ranks
 from finetune.train.settings import TrainSettings
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """`rate`: times the learning rate."""
+
+    names: list[str]
+    optimizer: torch.optim.Optimizer
+    rate: float = 1.0
+
+
 class NamedOptimizer:
-    """One or two of torch's optimizers as one. `adamw_names`: matrices that Muon is not for."""
+    """torch's optimizers as one. `adamw_names`: matrices that Muon is not for; they get `adamw_rate` times the rate."""
 
     def __init__(
         self,
@@ -28,6 +38,7 @@ class NamedOptimizer:
         settings: TrainSettings,
         *,
         adamw_names: frozenset[str] = frozenset(),
+        adamw_rate: float = 1.0,
         ranks: Ranks | None = None,
     ) -> None:
         self._parameters = dict(sorted(parameters.items()))
@@ -35,39 +46,33 @@ class NamedOptimizer:
             name: settings.optimizer == "muon" and tensor.ndim == 2 and name not in adamw_names
             for name, tensor in self._parameters.items()
         }
-        self._parts: list[tuple[list[str], torch.optim.Optimizer]] = []
         adamw = [name for name, muon in is_muon.items() if not muon]
         self._ranks = ranks or Alone()
         self._muon = _shared_out([name for name, muon in is_muon.items() if muon], parameters, self._ranks.world_size)
-        muon = self._muon[self._ranks.rank]
-        betas = (settings.beta1, settings.beta2)
-        matrices = [name for name in adamw if self._parameters[name].ndim > 1]
-        vectors = [name for name in adamw if self._parameters[name].ndim <= 1]
-        for names, decay in ((matrices, settings.weight_decay), (vectors, 0.0)):
+        self._parts: list[_Part] = []
+        named = [name for name in adamw if name in adamw_names]
+        vectors = [name for name in adamw if self._parameters[name].ndim <= 1 and name not in adamw_names]
+        matrices = [name for name in adamw if name not in {*named, *vectors}]
+        decay = settings.weight_decay
+        for names, decayed, rate in ((named, decay, adamw_rate), (matrices, decay, 1.0), (vectors, 0.0, 1.0)):
             if names:
                 tensors = [self._parameters[name] for name in names]
-                self._parts.append(
-                    (names, torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=decay))
-                )
+                betas = (settings.beta1, settings.beta2)
+                adam = torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=decayed)
+                self._parts.append(_Part(names, adam, rate))
+        muon = self._muon[self._ranks.rank]
         if muon:
             tensors = [self._parameters[name] for name in muon]
-            self._parts.append(
-                (
-                    muon,
-                    torch.optim.Muon(
-                        tensors,
-                        settings.learning_rate,
-                        weight_decay=settings.weight_decay,
-                        adjust_lr_fn="match_rms_adamw",
-                    ),
-                )
+            optimizer = torch.optim.Muon(
+                tensors, settings.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
             )
+            self._parts.append(_Part(muon, optimizer))
 
     def step(self, learning_rate: float) -> None:
-        for _, optimizer in self._parts:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate
-            optimizer.step()
+        for part in self._parts:
+            for group in part.optimizer.param_groups:
+                group["lr"] = learning_rate * part.rate
+            part.optimizer.step()
         for rank, names in enumerate(self._muon):
             if names:
                 self._ranks.spread([self._parameters[name] for name in names], rank)
@@ -88,9 +93,9 @@ class NamedOptimizer:
     def state(self) -> dict[str, Tensor]:
         """`<parameter>/<moment>` -> tensor, whole on rank 0. All ranks have to ask together."""
         state: dict[str, Tensor] = {}
-        for names, optimizer in self._parts:
-            for name, tensor in zip(names, optimizer.param_groups[0]["params"], strict=True):
-                for key, value in optimizer.state[tensor].items():
+        for part in self._parts:
+            for name, tensor in zip(part.names, part.optimizer.param_groups[0]["params"], strict=True):
+                for key, value in part.optimizer.state[tensor].items():
                     state[f"{name}/{key}"] = value.detach().clone().contiguous()
         for rank, names in enumerate(self._muon[1:], 1):
             moments = {
@@ -112,10 +117,10 @@ class NamedOptimizer:
             if name not in by_name:
                 raise TrainingError(f"the checkpoint's optimizer has a state for {name}, which is not trained here")
             by_name[name][moment] = value
-        for names, optimizer in self._parts:
-            content: dict[str, Any] = optimizer.state_dict()
-            content["state"] = {index: by_name[name] for index, name in enumerate(names) if by_name[name]}
-            optimizer.load_state_dict(content)
+        for part in self._parts:
+            content: dict[str, Any] = part.optimizer.state_dict()
+            content["state"] = {index: by_name[name] for index, name in enumerate(part.names) if by_name[name]}
+            part.optimizer.load_state_dict(content)
 
 
 def _shared_out(names: list[str], parameters: Mapping[str, Tensor], num_ranks: int) -> list[list[str]]:

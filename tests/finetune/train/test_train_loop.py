@@ -91,6 +91,21 @@ def test_it_learns(tmp_path: Path, optimizer: Any) -> None:
     assert all(log.grad_norm > 0 for log in logs)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_named_matrices_get_their_share_of_the_rate(tmp_path: Path, optimizer: Any) -> None:
+    settings = TrainSettings(num_steps=1, learning_rate=0.02, optimizer=optimizer, warmup_share=0.0, weight_decay=0.1)
+    before = {name: tensor.detach().clone() for name, tensor in Classifier().parameters().items()}
+    moved = []
+    for share in (1.0, 0.25):
+        _, _, after = run(
+            tmp_path / f"{share}", settings=settings, adamw_names=frozenset({"head.weight"}), adamw_rate=share
+        )
+        moved.append({name: after[name] - before[name] for name in before})
+    assert moved[1]["head.weight"].allclose(moved[0]["head.weight"] / 4)
+    assert moved[0]["head.weight"].abs().min() > 0.01
+    assert all(moved[1][name].equal(moved[0][name]) for name in ("hidden.weight", "head.bias"))
+
+
 class KilledError(Exception):
     pass
 
