@@ -31,7 +31,7 @@ ROPE_THETA = 1e6
 """So that most of a head's dimensions have hardly turned after 150 positions; at 1e4 sketches no longer match."""
 _TOKEN, _CONSTANT = 0.03, 0.06
 """Of the embedding's halves. At 0.03 for the constant layer 0 looks around, and 65 % are repeated."""
-_LOOK_BACK, _READ, _KEEP, _MATCH, _FETCH, _COPY = 0.1, 0.04, 0.04, 0.5, 0.1, 0.1
+_LOOK_BACK, _READ, _KEEP, _MATCH, _COPY = 0.1, 0.02, 0.012, 1.0, 0.4
 _SLOW = 10
 """Rotary frequencies from here on turn little enough to compare by."""
 _TURNED = 8
@@ -80,7 +80,7 @@ def begin_with_induction(shape: Shape, parameters: Mapping[str, Tensor], *, seed
         queries *= _MATCH / queries[queries != 0].std()
         second.q.zero_()[:, :half] = _for_each_query(shape, queries, dim=0)
         read = drawn(len(second.v), half)
-        second.v.zero_()[:, :half] = _FETCH * read
+        second.v.zero_()[:, :half] = _READ * read
         second.o.zero_()[:half] = _for_each_query(shape, _COPY * read.t(), dim=1)
 
 

@@ -90,7 +90,8 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
             take_parameters(model.parameters(), begin.parameters)
         console.status("")
         plan = _plan(model, lessons, settings)
-        console.say(_opening(model, lessons, plan))
+        if ranks.rank == 0:
+            console.say(_opening(model, lessons, plan))
         tools = _tools(model, out, settings, begin, lessons, ranks, console)
         facts = _train(lessons, out, tools)
         if ranks.rank == 0:
