@@ -48,6 +48,7 @@ class QatSettings(BaseModel):
     )
     base: Path | None = Field(None, description="begin with this llama model (GGUF or Hugging Face) [from scratch]")
     induction: bool = Field(False, description="from scratch: begin with attention that copies (induction.py)")
+    induction_rate: Positive = Field(0.25, description="times the learning rate, for the tensors that induction wrote")
     ternary_after: Share = Field(
         0.0, description="share of the steps in which weights go from full precision to ternary; 0: ternary at once"
     )
@@ -60,7 +61,6 @@ class QatSettings(BaseModel):
     threads: Count | None = Field(None, description="threads that compute [the physical cores]")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="of the layers' matrices; AdamW for the rest")
     learning_rate: Positive = Field(2e-3, description="the peak")
-    embedding_rate: Positive = Field(1.0, description="times the rate, for the embedding and the head")
     schedule: Literal["cosine", "wsd"] = Field("wsd", description="wsd: warm-up, stable, decay")
     warmup_share: Share = Field(0.02, description="of the steps")
     decay_share: Share = Field(0.3, description="of the steps, at the end of wsd")

@@ -84,6 +84,12 @@ def begin_with_induction(shape: Shape, parameters: Mapping[str, Tensor], *, seed
         second.o.zero_()[:half] = _for_each_query(shape, _COPY * read.t(), dim=1)
 
 
+def circuit_names() -> tuple[str, ...]:
+    """The tensors that `begin_with_induction` writes."""
+    kinds = ("q", "k", "v", "output")
+    return (EMBEDDING, *(f"blk.{index}.attn_{kind}.weight" for index in range(2) for kind in kinds))
+
+
 def _layer(parameters: Mapping[str, Tensor], index: int) -> _Layer:
     return _Layer(*(parameters[f"blk.{index}.attn_{kind}.weight"] for kind in ("q", "k", "v", "output")))
 

@@ -16,6 +16,7 @@ from finetune.dataset.packing import pack
 from finetune.errors import DivergedError
 from finetune.packed import Example, Packed
 from finetune.qat.config import QatSettings
+from finetune.qat.induction import circuit_names
 from finetune.qat.metrics import Line, Metrics
 from finetune.qat.model import Objective, QatModel, Teacher
 from finetune.qat.shape import VOCABULARY_TENSORS
@@ -84,7 +85,7 @@ def run_phase(phase: Phase, tools: Tools) -> Done:
         ranks=tools.ranks,
         on_step=log.step,
         adamw_names=VOCABULARY_TENSORS,
-        adamw_rate=settings.embedding_rate,
+        rates=dict.fromkeys(circuit_names() if settings.induction else (), settings.induction_rate),
         has_loss_scale=tools.model.dtype == torch.float16,
         is_complete=log.is_complete,
     )

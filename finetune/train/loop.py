@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -84,7 +85,7 @@ def train(
     pause: Callable[[], None] = lambda: None,
     on_step: Callable[[StepLog], None] = lambda log: None,
     adamw_names: frozenset[str] = frozenset(),
-    adamw_rate: float = 1.0,
+    rates: Mapping[str, float] = MappingProxyType({}),
     has_loss_scale: bool = False,
     is_complete: Callable[[int], bool] = lambda step: False,
 ) -> TrainResult:
@@ -97,7 +98,7 @@ def train(
     """
     ranks = ranks or Alone()
     parameters = model.parameters()
-    optimizer = NamedOptimizer(parameters, settings, adamw_names=adamw_names, adamw_rate=adamw_rate, ranks=ranks)
+    optimizer = NamedOptimizer(parameters, settings, adamw_names=adamw_names, rates=rates, ranks=ranks)
     checkpoints = Checkpoints(directory, {"settings": settings.as_json(), **identity})
     progress = begin_scaling(Progress()) if has_loss_scale else Progress()
     found = checkpoints.newest()

@@ -10,6 +10,7 @@ of the shipped model, which every process would spend again.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class _Part:
 
 
 class NamedOptimizer:
-    """torch's optimizers as one. `adamw_names`: matrices that Muon is not for; they get `adamw_rate` times the rate."""
+    """torch's optimizers as one. `adamw_names`: matrices that Muon is not for; `rates`: times the rate, by name [1]."""
 
     def __init__(
         self,
@@ -38,35 +39,36 @@ class NamedOptimizer:
         settings: TrainSettings,
         *,
         adamw_names: frozenset[str] = frozenset(),
-        adamw_rate: float = 1.0,
+        rates: Mapping[str, float] = MappingProxyType({}),
         ranks: Ranks | None = None,
     ) -> None:
         self._parameters = dict(sorted(parameters.items()))
-        is_muon = {
-            name: settings.optimizer == "muon" and tensor.ndim == 2 and name not in adamw_names
-            for name, tensor in self._parameters.items()
-        }
-        adamw = [name for name, muon in is_muon.items() if not muon]
         self._ranks = ranks or Alone()
-        self._muon = _shared_out([name for name, muon in is_muon.items() if muon], parameters, self._ranks.world_size)
-        self._parts: list[_Part] = []
-        named = [name for name in adamw if name in adamw_names]
-        vectors = [name for name in adamw if self._parameters[name].ndim <= 1 and name not in adamw_names]
-        matrices = [name for name in adamw if name not in {*named, *vectors}]
-        decay = settings.weight_decay
-        for names, decayed, rate in ((named, decay, adamw_rate), (matrices, decay, 1.0), (vectors, 0.0, 1.0)):
-            if names:
-                tensors = [self._parameters[name] for name in names]
-                betas = (settings.beta1, settings.beta2)
-                adam = torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=decayed)
-                self._parts.append(_Part(names, adam, rate))
-        muon = self._muon[self._ranks.rank]
-        if muon:
-            tensors = [self._parameters[name] for name in muon]
-            optimizer = torch.optim.Muon(
-                tensors, settings.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-            )
-            self._parts.append(_Part(muon, optimizer))
+        muon = [
+            name
+            for name, tensor in self._parameters.items()
+            if settings.optimizer == "muon" and tensor.ndim == 2 and name not in adamw_names
+        ]
+        self._muon = _shared_out(muon, parameters, self._ranks.world_size)
+        kinds: dict[tuple[bool, bool, float], list[str]] = {}
+        for name, tensor in self._parameters.items():
+            if name not in muon or name in self._muon[self._ranks.rank]:
+                is_decayed = tensor.ndim > 1 or name in adamw_names
+                kinds.setdefault((name in muon, is_decayed, rates.get(name, 1.0)), []).append(name)
+        self._parts = [
+            _Part(names, self._optimizer(names, settings, is_muon, is_decayed), rate)
+            for (is_muon, is_decayed, rate), names in kinds.items()
+        ]
+
+    def _optimizer(
+        self, names: list[str], settings: TrainSettings, is_muon: bool, is_decayed: bool
+    ) -> torch.optim.Optimizer:
+        tensors = [self._parameters[name] for name in names]
+        decay = settings.weight_decay if is_decayed else 0.0
+        if is_muon:
+            return torch.optim.Muon(tensors, settings.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        betas = (settings.beta1, settings.beta2)
+        return torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=decay)
 
     def step(self, learning_rate: float) -> None:
         for part in self._parts:

@@ -98,7 +98,10 @@ def test_named_matrices_get_their_share_of_the_rate(tmp_path: Path, optimizer: A
     moved = []
     for share in (1.0, 0.25):
         _, _, after = run(
-            tmp_path / f"{share}", settings=settings, adamw_names=frozenset({"head.weight"}), adamw_rate=share
+            tmp_path / f"{share}",
+            settings=settings,
+            adamw_names=frozenset({"head.weight"}),
+            rates={"head.weight": share},
         )
         moved.append({name: after[name] - before[name] for name in before})
     assert moved[1]["head.weight"].allclose(moved[0]["head.weight"] / 4)
