@@ -47,6 +47,9 @@ class QatSettings(BaseModel):
         None, description="of the ternary matrices in the file [tq2_0; q4_0 for groups of 64 and 128]"
     )
     base: Path | None = Field(None, description="begin with this llama model (GGUF or Hugging Face) [from scratch]")
+    weights_from: Path | None = Field(
+        None, description="begin with the newest weights of another run from scratch, in this folder [none]"
+    )
     induction: bool = Field(False, description="from scratch: begin with attention that copies (induction.py)")
     induction_rate: Positive = Field(0.25, description="times the learning rate, for the tensors that induction wrote")
     ternary_after: Share = Field(
@@ -68,6 +71,9 @@ class QatSettings(BaseModel):
     max_grad_norm: Positive = Field(1.0, description="gradients are clipped to it")
     epochs: Positive = Field(1.0, description="passes over the training data")
     max_steps: Count | None = Field(None, description="optimizer steps at most [as the epochs say]")
+    answer_weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="in the loss, of the tokens of answers that call nothing, but for the first and the last"
+    )
     copying: NotNegative = Field(0.0, description="for each example so many of random tokens to copy (copying.py)")
     tokens_per_step: Count = Field(8192, description="real tokens of an optimizer step, about")
     micro_batch_tokens: Count = Field(4096, description="rows computed at once")
@@ -86,6 +92,8 @@ class QatSettings(BaseModel):
             raise ValueError("warmup_share and decay_share together are above 1")
         if self.induction and self.base is not None:
             raise ValueError("induction is for models from scratch; a base brings its own weights")
+        if self.weights_from is not None and self.base is not None:
+            raise ValueError("weights_from and base: a run begins with one of them")
         return self
 
     def identity(self) -> dict[str, Any]:

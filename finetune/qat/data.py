@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +83,22 @@ def read_lessons(
     if not examples:
         raise DialogueError(f"{source.path}: no example of at most {max_tokens} tokens to train on")
     return Lessons(examples, difficulty, held_out, held_out_difficulty, digest, num_too_long)
+
+
+def with_answer_weight(lessons: Lessons, weight: float) -> Lessons:
+    """Less of what answers say in training; that they are answers and where they end (their first and last token) keeps
+    its weight. In the generated dialogues they take 69 % of a trained model's held-out loss, calls 31 %."""
+    if weight == 1:
+        return lessons
+
+    def lighter(one: Example) -> Example:
+        if one.is_call:
+            return one
+        weights, at = one.weights.copy(), np.flatnonzero(one.weights)
+        weights[at[1:-1]] *= np.float32(weight)
+        return replace(one, weights=weights)
+
+    return replace(lessons, examples=[lighter(one) for one in lessons.examples])
 
 
 def lessons_digest(source: Source, renderer: Renderer, max_tokens: int) -> str:

@@ -24,7 +24,7 @@ from finetune.model.allocator import keep_freed_memory
 from finetune.qat.config import QatSettings
 from finetune.qat.copying import copying_examples, plain_tokens
 from finetune.qat.curriculum import run_curriculum
-from finetune.qat.data import Lessons, Source, read_lessons
+from finetune.qat.data import Lessons, Source, read_lessons, with_answer_weight
 from finetune.qat.export import check_matrix_type, export_gguf
 from finetune.qat.induction import begin_with_induction
 from finetune.qat.memory import MemoryPlan, plan_memory
@@ -38,6 +38,7 @@ from finetune.qat.source import (
     base_parameters,
     base_shape,
     made_shape,
+    run_parameters,
     take_parameters,
     tokenizer_metadata,
 )
@@ -82,10 +83,13 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
         begin = _begin(source, out, settings)
         kind = check_matrix_type(begin.shape, GGMLType[settings.type.upper()] if settings.type else None)
         limit = min(begin.shape.context_length, settings.micro_batch_tokens)
-        lessons = _with_copying(read_lessons(source, begin.renderer, out, limit), begin, settings)
+        lessons = with_answer_weight(read_lessons(source, begin.renderer, out, limit), settings.answer_weight)
+        lessons = _with_copying(lessons, begin, settings)
         model = QatModel(begin.shape, dtype=_dtype(settings), device=settings.device, seed=settings.seed)
         if settings.induction:
             begin_with_induction(begin.shape, model.parameters(), seed=settings.seed)
+        if settings.weights_from is not None:
+            take_parameters(model.parameters(), run_parameters(settings.weights_from, begin.shape))
         if begin.parameters is not None:
             take_parameters(model.parameters(), begin.parameters)
         console.status("")
@@ -108,6 +112,8 @@ def _begin(source: Source, out: Path, settings: QatSettings) -> _Begin:
         finally:
             file.close()
     kept = out / VOCABULARY
+    if settings.weights_from is not None:
+        _same_vocabulary(settings.weights_from / VOCABULARY, kept)
     if kept.exists():
         vocabulary = SmallVocabulary.load(kept)
     else:
@@ -120,6 +126,16 @@ def _begin(source: Source, out: Path, settings: QatSettings) -> _Begin:
         )
     metadata = {f"tokenizer.{key}": value for key, value in vocabulary.metadata().items()}
     return _Begin(made_shape(settings), metadata, vocabulary.renderer(), None, None)
+
+
+def _same_vocabulary(theirs: Path, kept: Path) -> None:
+    """A copy, or what is there already if it is one."""
+    if not theirs.is_file():
+        raise TrainingError(f"{theirs} is no file: weights_from takes the folder of a run from scratch")
+    if kept.exists() and kept.read_bytes() != theirs.read_bytes():
+        raise TrainingError(f"{kept} is another vocabulary than {theirs}: use another folder")
+    with whole(kept) as beside:
+        beside.write_bytes(theirs.read_bytes())
 
 
 def _with_copying(lessons: Lessons, begin: _Begin, settings: QatSettings) -> Lessons:

@@ -21,6 +21,7 @@ from finetune.qat.config import QatSettings
 from finetune.qat.induction import ROPE_THETA
 from finetune.qat.quantizers import Ternary
 from finetune.qat.shape import Shape
+from finetune.train.checkpoint import read_newest
 from quant.model_file import ModelFile, open_model
 from server.text.gguf_export import gguf_tokenizer_metadata
 
@@ -86,6 +87,16 @@ def base_parameters(file: ModelFile) -> dict[str, Tensor]:
             raise TrainingError(f"{file.path}: {name} holds a value that is not finite")
         found[name] = tensor.float().clone()
     return found
+
+
+def run_parameters(run: Path, shape: Shape) -> dict[str, Tensor]:
+    """The newest shadows of another run's. Raises TrainingError for a run of another shape."""
+    identity, parameters = read_newest(run / "checkpoints")
+    theirs, ours = ({**one, "name": None} for one in (identity.get("shape", {}), shape.as_json()))
+    if theirs != ours:
+        changed = [key for key in ours if theirs.get(key) != ours[key]]
+        raise TrainingError(f"{run} trains a model of another shape ({', '.join(changed) or 'more settings'} differ)")
+    return parameters
 
 
 def take_parameters(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

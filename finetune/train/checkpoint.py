@@ -139,6 +139,14 @@ class Checkpoints:
         _sync(self._directory)
 
 
+def read_newest(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Identity and parameters of a run's newest checkpoint, whatever run it is. Raises TrainingError."""
+    steps = sorted(directory.glob("step-*"))
+    if not steps:
+        raise TrainingError(f"{directory} has no checkpoint to begin with")
+    return _state(steps[-1] / "state.json")[0], _tensors(steps[-1] / "parameters.safetensors")
+
+
 def _state(path: Path) -> tuple[dict[str, Any], Progress, Machine]:
     try:
         state = json.loads(path.read_text())

@@ -1,23 +1,28 @@
 """Whole runs, tiny: from lines of dialogues to a file that the server opens; resumed, begun from a model, in stages."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import finetune.qat.curriculum as curriculum
 from finetune.dataset.errors import DialogueError
 from finetune.dataset.render import Renderer
 from finetune.errors import DivergedError, TrainingError
+from finetune.packed import Example
 from finetune.qat.config import QatSettings, load_qat_settings
 from finetune.qat.curriculum import Stage
+from finetune.qat.data import Lessons, with_answer_weight
 from finetune.qat.export import ACTIVATIONS, ACTIVATIONS_KEY
 from finetune.qat.phase import Done, Phase, Tools
-from finetune.qat.run import CURVE, METRICS, MODEL, Console, run
+from finetune.qat.run import CURVE, METRICS, MODEL, VOCABULARY, Console, run
 from quant.formats import GGMLType
 from quant.model_file import open_model
 from server import cli
@@ -117,6 +122,45 @@ def test_it_can_begin_with_attention_that_copies(data: Path, tmp_path: Path) -> 
     file.close()
     with pytest.raises(ConfigError, match="a base brings its own weights"):
         load_qat_settings({"induction": True, "base": "model.gguf"}, environ={})
+
+
+def test_it_can_begin_with_the_weights_of_another_run(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "first", tiny(), quiet())
+    settings = tiny(weights_from=tmp_path / "first", max_steps=1, learning_rate=1e-12, seed=1)
+    run(data, tmp_path / "second", settings, quiet())
+    trained = load_file(tmp_path / "first/checkpoints/step-00000006/parameters.safetensors")
+    begun = load_file(tmp_path / "second/checkpoints/step-00000001/parameters.safetensors")
+    assert trained.keys() == begun.keys()
+    assert all(begun[name].allclose(trained[name], atol=1e-9) for name in trained)
+    assert (tmp_path / "first" / VOCABULARY).read_bytes() == (tmp_path / "second" / VOCABULARY).read_bytes()
+
+
+def test_weights_of_a_run_that_do_not_fit(data: Path, tmp_path: Path) -> None:
+    run(data, tmp_path / "first", tiny(), quiet())
+    with pytest.raises(TrainingError, match=r"another shape \(num_layers differ\)"):
+        run(data, tmp_path / "deeper", tiny(weights_from=tmp_path / "first", layers=2), quiet())
+    with pytest.raises(TrainingError, match=r"vocabulary\.json is no file"):
+        run(data, tmp_path / "second", tiny(weights_from=tmp_path / "nowhere"), quiet())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / VOCABULARY).write_text("{}")
+    with pytest.raises(TrainingError, match="another vocabulary"):
+        run(data, tmp_path / "other", tiny(weights_from=tmp_path / "first"), quiet())
+    shutil.rmtree(tmp_path / "first/checkpoints")
+    with pytest.raises(TrainingError, match="no checkpoint to begin with"):
+        run(data, tmp_path / "third", tiny(weights_from=tmp_path / "first"), quiet())
+    with pytest.raises(ConfigError, match="begins with one of them"):
+        load_qat_settings({"weights_from": "run", "base": "model.gguf"}, environ={})
+
+
+def test_answers_can_weigh_less_than_calls() -> None:
+    ids, weights = np.arange(6, dtype=np.int32), np.array([0, 0, 1, 1, 1, 1], np.float32)
+    call, answer = (Example(name, ids, weights, cluster=name, is_call=name == "call") for name in ("call", "answer"))
+    lessons = Lessons([call, answer], [0.0, 0.0], [answer], [0.0], "sha256:0", 0)
+    lighter = with_answer_weight(lessons, 0.25)
+    assert lighter.examples[0].weights.tolist() == [0, 0, 1, 1, 1, 1]
+    assert lighter.examples[1].weights.tolist() == [0, 0, 1, 0.25, 0.25, 1]
+    assert lighter.held_out[0].weights.tolist() == [0, 0, 1, 1, 1, 1]
+    assert answer.weights.tolist() == [0, 0, 1, 1, 1, 1]
 
 
 def test_what_cannot_be_a_base(data: Path, tmp_path: Path) -> None:
