@@ -12,6 +12,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from finetune.errors import TrainingError
 from finetune.qat.config import QatSettings
 from finetune.qat.data import Source, lessons_digest
 from finetune.qat.metrics import Line, Metrics
+from finetune.qat.picture import picture
 from finetune.qat.run import CURVE, MODEL, VOCABULARY, whole
 from finetune.qat.run import METRICS as METRICS_FILE
 from server.models.inspect import inspect_model
@@ -51,15 +53,19 @@ def write_card(data: Path, run: Path, scores: Path, out: Path) -> None:
     manifest = read_manifest(data)
     if found["dataset"] != manifest["digest"]:
         raise TrainingError(f"{scores} is of the data set {found['dataset']}, {data} is {manifest['digest']}")
-    state = _read_state(run)
+    if not (run / MODEL).exists():
+        raise TrainingError(f"{run} is no finished run of `sterna train`: it has no {MODEL}")
+    stages = _read_stages(run)
     facts = inspect_model(run / MODEL)
-    _check_data(state["identity"], data, run, facts["context_length"])
-    lines = Metrics(run / METRICS_FILE, lambda text: None).lines()
+    _check_data(stages[-1].state["identity"], data, run, facts["context_length"])
     out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(_card(out.resolve().name, manifest, state, facts, lines, run / MODEL, found))
-    for name in (MODEL, CURVE):
-        with whole(out / name) as beside:
-            shutil.copyfile(run / name, beside)
+    text = "\n".join(_card(out.resolve().name, manifest, stages, facts, run / MODEL, found))
+    with whole(out / MODEL) as beside:
+        shutil.copyfile(run / MODEL, beside)
+    with whole(out / CURVE) as beside:
+        beside.write_text(
+            picture(_all_lines(stages), f"{facts['name']}: {facts['num_parameters'] / 1e6:.1f} M parameters")
+        )
     with whole(out / "README.md") as beside:
         beside.write_text(text + "\n")
 
@@ -88,16 +94,39 @@ def _read_scores(path: Path) -> dict[str, Any]:
     return found
 
 
-def _read_state(run: Path) -> dict[str, Any]:
-    """The last checkpoint's, with the tokens of all stages."""
+@dataclass(frozen=True)
+class _Stage:
+    """`state`: of the last checkpoint. Steps and tokens are those of all parts of a curriculum; lines up to there."""
+
+    state: dict[str, Any]
+    num_steps: int
+    num_tokens: int
+    lines: Sequence[Line]
+
+
+def _read_stages(run: Path) -> list[_Stage]:
+    """The run, after those that it has its weights from."""
     newest: dict[Path, Path] = {one.parent.parent: one for one in sorted(run.glob("checkpoints/**/step-*/state.json"))}
-    if not newest or not (run / MODEL).exists():
-        raise TrainingError(f"{run} is no finished run of `sterna train`: it has no checkpoint or no {MODEL}")
+    if not newest:
+        raise TrainingError(f"{run} is no run of `sterna train`: it has no checkpoint")
     states = [json.loads(path.read_text()) for path in newest.values()]
-    last: dict[str, Any] = states[-1]
-    last["num_tokens"] = sum(one["progress"]["num_tokens"] for one in states)
-    last["num_steps"] = sum(one["progress"]["step"] for one in states)
-    return last
+    num_steps = sum(one["progress"]["step"] for one in states)
+    lines = [one for one in Metrics(run / METRICS_FILE, lambda text: None).lines() if one.step <= num_steps]
+    before = states[-1]["identity"].get("weights_from")
+    return [
+        *(_read_stages(Path(before)) if before else []),
+        _Stage(states[-1], num_steps, sum(one["progress"]["num_tokens"] for one in states), lines),
+    ]
+
+
+def _all_lines(stages: Sequence[_Stage]) -> list[Line]:
+    if len(stages) == 1:
+        return list(stages[0].lines)
+    return [
+        replace(one, stage=one.stage or f"run {number}")
+        for number, stage in enumerate(stages, 1)
+        for one in stage.lines
+    ]
 
 
 def _check_data(identity: Mapping[str, Any], data: Path, run: Path, context_length: int) -> None:
@@ -111,9 +140,8 @@ def _check_data(identity: Mapping[str, Any], data: Path, run: Path, context_leng
 def _card(
     name: str,
     manifest: Mapping[str, Any],
-    state: Mapping[str, Any],
+    stages: Sequence[_Stage],
     facts: Mapping[str, Any],
-    lines: Sequence[Line],
     model: Path,
     scores: Mapping[str, Any],
 ) -> Iterator[str]:
@@ -124,7 +152,7 @@ def _card(
     yield f"![Learning curve]({CURVE})\n\n## What it reaches\n"
     yield from _score_tables(manifest, scores)
     yield "\n## What it is\n"
-    yield from _table(("", ""), _facts(manifest, state, facts, lines, model))
+    yield from _table(("", ""), _facts(manifest, stages, facts, model))
     yield "\n## How it was made\n\n```console"
     defaults = Options()
     options = manifest["options"]
@@ -132,7 +160,7 @@ def _card(
     flags += ["--thinking"] if options["thinking"] != defaults.thinking else []
     yield f"$ sterna dataset generate ./dialogues {' '.join(flags)}"
     yield "$ sterna dataset report ./dialogues"
-    yield f"$ sterna train ./dialogues ./nano {' '.join(train_flags(state['identity']))}"
+    yield from _train_commands(stages)
     yield "$ sterna serve ./nano"
     limit = "" if scores["limit"] is None else f" --limit {scores['limit']}"
     yield f"$ sterna dataset score ./dialogues{limit} --json > scores.json"
@@ -140,6 +168,20 @@ def _card(
     yield "\n## Limits\n"
     yield LIMITS
     yield "\nApache-2.0, as the project."
+
+
+def _train_commands(stages: Sequence[_Stage]) -> Iterator[str]:
+    for number, stage in enumerate(stages, 1):
+        identity, machine = dict(stage.state["identity"]), stage.state["machine"]
+        if number > 1:
+            identity["weights_from"] = f"./nano-{number - 1}"
+        flags = train_flags(identity)
+        command = "sterna train"
+        if (num_processes := machine.get("num_processes", 1)) > 1:
+            command = f"torchrun --no-python --nproc-per-node={num_processes} {command}"
+            flags.append(f"--threads {machine['num_threads']}")
+        folder = "./nano" if number == len(stages) else f"./nano-{number}"
+        yield f"$ {command} ./dialogues {folder} {' '.join(flags)}"
 
 
 def _score_tables(manifest: Mapping[str, Any], scores: Mapping[str, Any]) -> Iterator[str]:
@@ -174,14 +216,15 @@ def _score_tables(manifest: Mapping[str, Any], scores: Mapping[str, Any]) -> Ite
 
 def _facts(
     manifest: Mapping[str, Any],
-    state: Mapping[str, Any],
+    stages: Sequence[_Stage],
     facts: Mapping[str, Any],
-    lines: Sequence[Line],
     model: Path,
 ) -> Iterator[tuple[str, str]]:
+    state, lines = stages[-1].state, stages[-1].lines
     identity, machine = state["identity"], state["machine"]
     types = ", ".join(f"{one['type']} ({one['bytes']:,} bytes)" for one in facts["tensor_types"])
-    hours = sum(one.num_tokens / one.tokens_per_second for one in lines) / 3600
+    hours = sum(one.num_tokens / one.tokens_per_second for stage in stages for one in stage.lines) / 3600
+    num_steps, num_tokens = (sum(getattr(one, name) for one in stages) for name in ("num_steps", "num_tokens"))
     best = state["progress"]["best_step"]
     held = next((one for one in reversed(lines) if one.step == best and one.held_out_loss is not None), None)
     yield "parameters", f"{facts['num_parameters']:,}"
@@ -200,8 +243,9 @@ def _facts(
     yield (
         "training",
         (
-            f"{state['num_steps']:,} steps, {state['num_tokens']:,} tokens of {identity['examples']:,} examples,"
-            f" {hours:.1f} hours on {machine['num_threads']} thread(s) ({machine['cpu']}, torch {machine['torch']})"
+            f"{num_steps:,} steps, {num_tokens:,} tokens of {identity['examples']:,} examples, {hours:.1f} hours on"
+            f" {machine.get('num_processes', 1)} process(es) of {machine['num_threads']} thread(s)"
+            f" ({machine['cpu']}, torch {machine['torch']})"
         ),
     )
     if held is not None:

@@ -35,12 +35,13 @@ class Machine:
     torch: str
     num_threads: int
     cpu: str
+    num_processes: int = 1
 
     @classmethod
     def here(cls) -> "Machine":
-        return cls(
-            torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability() + platform.machine()
-        )
+        cpu = torch.backends.cpu.get_cpu_capability() + platform.machine()
+        num_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        return cls(torch.__version__, torch.get_num_threads(), cpu, num_processes)
 
 
 @dataclass(frozen=True, slots=True)

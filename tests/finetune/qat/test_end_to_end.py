@@ -80,6 +80,7 @@ def test_generate_report_train_export_evaluate_serve(
     (tmp_path / "scores.json").write_text(text)
     said(capsys, "dataset card dialogues nano shipped/tiny-tools --scores scores.json")
     check_card(tmp_path / "shipped" / "tiny-tools", json.loads(text), capsys)
+    check_card_of_two_runs(capsys)
     with (
         serving("shipped/tiny-tools", tmp_path) as url,
         OpenAI(base_url=f"{url}/v1", api_key="unused") as client,
@@ -94,6 +95,21 @@ def test_generate_report_train_export_evaluate_serve(
         )
     assert answer.usage is not None
     assert 0 < answer.usage.completion_tokens <= 60
+
+
+def check_card_of_two_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    said(capsys, f"train dialogues later {FLAGS} --max-steps 4 --weights-from nano --answer-weight 0.5 --json")
+    said(capsys, "dataset card dialogues later two-runs --scores scores.json")
+    card = Path("two-runs/README.md").read_text()
+    assert "| training | 28 steps, " in card
+    first, second = (one for one in card.splitlines() if one.startswith("$ sterna train"))
+    assert first.startswith("$ sterna train ./dialogues ./nano-1 ")
+    assert "--max-steps 24" in first
+    assert second.startswith("$ sterna train ./dialogues ./nano ")
+    assert "--weights-from ./nano-1" in second
+    assert "--answer-weight 0.5" in second
+    assert "--max-steps 4" in second
+    assert "run 2" in Path("two-runs/curve.svg").read_text()
 
 
 def check_card(folder: Path, scores: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
