@@ -17,9 +17,9 @@ def shape(**options: Any) -> Shape:
     return Shape(**{"vocab_size": 500, "rope_theta": ROPE_THETA, **sizes, **options})
 
 
-def share_copied(model: QatModel) -> float:
+def share_copied(model: QatModel, num_tokens: int = 495) -> float:
     right = []
-    for one in copying_examples(np.arange(5, 500, dtype=np.int32), 12, seed=1):
+    for one in copying_examples(np.arange(5, 5 + num_tokens, dtype=np.int32), 12, seed=1):
         at = np.flatnonzero(one.weights)
         found = model.logits(one.token_ids, at - 1).argmax(1).numpy()
         right += (found == one.token_ids[at]).tolist()
@@ -32,6 +32,7 @@ def test_it_copies_before_any_training(seed: int) -> None:
     assert share_copied(model) < 0.05
     begin_with_induction(model.shape, model.parameters(), seed=seed)
     assert share_copied(model) > 0.8
+    assert share_copied(model, num_tokens=10) > 0.6  # numbers are made of so few
 
 
 def test_the_seed_decides_all_of_it() -> None:
@@ -48,6 +49,7 @@ def test_the_seed_decides_all_of_it() -> None:
         ({"num_layers": 1}, "two layers, not 1"),
         ({"residual_streams": 2}, "one residual stream, not 2"),
         ({"tie_embeddings": False}, "the output head"),
+        ({"num_heads": 4, "num_kv_heads": 1}, "an even number of key heads, not 1"),
     ],
 )
 def test_shapes_without_room(options: dict[str, Any], message: str) -> None:
