@@ -4,7 +4,8 @@
     OUT/README.md                    commands, data digest, size, sha256, training, and the scores beside the baselines
 
 Everything comes from the run's checkpoints, log and file, from the data set's manifest, and from what `sterna dataset
-score --json` printed; that all three are of the same data is checked. Not here: training (run.py), asking the server
+score --json` printed; that all three are of the same data, and the
+scores of this model, is checked. Not here: training (run.py), asking the server
 (finetune/dataset/dialogues/evaluate.py).
 """
 
@@ -24,10 +25,10 @@ from finetune.dataset.render import Renderer
 from finetune.errors import TrainingError
 from finetune.qat.config import QatSettings
 from finetune.qat.data import Source, lessons_digest
+from finetune.qat.folder import CURVE, MODEL, VOCABULARY, whole
+from finetune.qat.folder import METRICS as METRICS_FILE
 from finetune.qat.metrics import Line, Metrics
 from finetune.qat.picture import picture
-from finetune.qat.run import CURVE, MODEL, VOCABULARY, whole
-from finetune.qat.run import METRICS as METRICS_FILE
 from server.models.inspect import inspect_model
 
 TARGETS = {RIGHT_TOOL: 0.95, RIGHT_ARGUMENTS: 0.85, NO_CALL: 0.90, WELL_FORMED: 0.99}
@@ -58,6 +59,10 @@ def write_card(data: Path, run: Path, scores: Path, out: Path) -> None:
     stages = _read_stages(run)
     facts = inspect_model(run / MODEL)
     _check_data(stages[-1].state["identity"], data, run, facts["context_length"])
+    ours = [facts["system_fingerprint"]]
+    if found["system_fingerprints"] != ours:
+        theirs = ", ".join(found["system_fingerprints"])
+        raise TrainingError(f"{scores} is of the model {theirs}, {run / MODEL} is {ours[0]}: score this one")
     out.mkdir(parents=True, exist_ok=True)
     text = "\n".join(_card(out.resolve().name, manifest, stages, facts, run / MODEL, found))
     with whole(out / MODEL) as beside:
@@ -87,6 +92,7 @@ def _read_scores(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
         measured = found["scores"]["model"]["families"].keys()
         _ = found["dataset"], found["limit"], found["num_dialogues"], found["scores"]["nearest"]["families"]
+        _ = ", ".join(found["system_fingerprints"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} is not what `sterna dataset score --json` prints: {error!r}") from error
     if missing := [_words(metric) for metric in TARGETS if metric not in measured]:
@@ -160,7 +166,7 @@ def _card(
     flags += ["--thinking"] if options["thinking"] != defaults.thinking else []
     yield f"$ sterna dataset generate ./dialogues {' '.join(flags)}"
     yield "$ sterna dataset report ./dialogues"
-    yield from _train_commands(stages)
+    yield from _train_commands(stages, facts)
     yield "$ sterna serve ./nano"
     limit = "" if scores["limit"] is None else f" --limit {scores['limit']}"
     yield f"$ sterna dataset score ./dialogues{limit} --json > scores.json"
@@ -170,7 +176,8 @@ def _card(
     yield "\nApache-2.0, as the project."
 
 
-def _train_commands(stages: Sequence[_Stage]) -> Iterator[str]:
+def _train_commands(stages: Sequence[_Stage], facts: Mapping[str, Any]) -> Iterator[str]:
+    kinds = {one["type"] for one in facts["tensor_types"]}
     for number, stage in enumerate(stages, 1):
         identity, machine = dict(stage.state["identity"]), stage.state["machine"]
         if number > 1:
@@ -179,7 +186,9 @@ def _train_commands(stages: Sequence[_Stage]) -> Iterator[str]:
         command = "sterna train"
         if (num_processes := machine.get("num_processes", 1)) > 1:
             command = f"torchrun --no-python --nproc-per-node={num_processes} {command}"
-            flags.append(f"--threads {machine['num_threads']}")
+        flags.append(f"--threads {machine['num_threads']}")
+        if number == len(stages) and "TQ1_0" in kinds:
+            flags.append("--type tq1_0")
         folder = "./nano" if number == len(stages) else f"./nano-{number}"
         yield f"$ {command} ./dialogues {folder} {' '.join(flags)}"
 

@@ -61,7 +61,9 @@ class QatSettings(BaseModel):
     # -- training
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="of the products")
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = Field("cpu", description="cpu or cuda")
-    threads: Count | None = Field(None, description="threads that compute [the physical cores]")
+    threads: Count | None = Field(
+        None, description="threads that compute, in each process [its share of the physical cores]"
+    )
     optimizer: Literal["adamw", "muon"] = Field("muon", description="of the layers' matrices; AdamW for the rest")
     learning_rate: Positive = Field(2e-3, description="the peak")
     schedule: Literal["cosine", "wsd"] = Field("wsd", description="wsd: warm-up, stable, decay")

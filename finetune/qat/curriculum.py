@@ -14,14 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from finetune.errors import DivergedError
+from finetune.errors import DivergedError, TrainingError
 from finetune.packed import Example
 from finetune.qat.data import Lessons
+from finetune.qat.folder import whole
 from finetune.qat.phase import Done, Phase, Tools, packed_held_out, phase_steps, run_phase
 from finetune.qat.source import take_parameters
 from finetune.qat.trainer import Held, Trainer
+from finetune.train.checkpoint import read_tensors
 
 MAX_ATTEMPTS = 3
 RATE_AFTER_DIVERGING = 0.5
@@ -104,12 +106,11 @@ def _run(phase: Phase, stage: Stage, tools: Tools) -> dict[str, Any]:
     """One stage with its attempts, or what it left when it is over already."""
     phase.folder.mkdir(parents=True, exist_ok=True)
     kept = phase.folder / KEPT
-    state: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"diverged": []}
+    state = _state(kept) if kept.exists() else {"diverged": []}
     if "facts" in state:
-        take_parameters(tools.model.parameters(), load_file(phase.folder / _FINAL))
+        take_parameters(tools.model.parameters(), read_tensors(phase.folder / _FINAL))
         return dict(state["facts"])
-    while True:
-        attempt = len(state["diverged"]) + 1
+    while (attempt := len(state["diverged"]) + 1) <= MAX_ATTEMPTS:
         _begin_attempt(phase.folder, attempt, tools)
         trying = replace(
             phase,
@@ -122,13 +123,24 @@ def _run(phase: Phase, stage: Stage, tools: Tools) -> dict[str, Any]:
         except DivergedError as error:
             state["diverged"].append(str(error))
             _keep(kept, state, tools)
-            if attempt == MAX_ATTEMPTS:
-                raise
             continue
         state["facts"] = _facts(phase, stage, done, state["diverged"])
         _save(phase.folder / _FINAL, tools)
         _keep(kept, state, tools)
         return dict(state["facts"])
+    raise DivergedError(
+        f"{phase.name} diverged {MAX_ATTEMPTS} times, at last: {state['diverged'][-1]}; lower the learning rate and use"
+        " another folder"
+    )
+
+
+def _state(kept: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = json.loads(kept.read_text())
+        _ = len(state["diverged"])
+        return state
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise TrainingError(f"{kept} cannot be read ({error!r}); remove its directory to do the stage again") from error
 
 
 def _begin_attempt(folder: Path, attempt: int, tools: Tools) -> None:
@@ -137,11 +149,11 @@ def _begin_attempt(folder: Path, attempt: int, tools: Tools) -> None:
     if not _any(tools, begin.exists()):
         best = sorted((folder / f"attempt-{attempt - 1}").glob("best-*/parameters.safetensors"))
         if best:
-            take_parameters(tools.model.parameters(), load_file(best[-1]))
+            take_parameters(tools.model.parameters(), read_tensors(best[-1]))
         elif attempt > 1:
-            take_parameters(tools.model.parameters(), load_file(folder / f"begin-{attempt - 1}.safetensors"))
+            take_parameters(tools.model.parameters(), read_tensors(folder / f"begin-{attempt - 1}.safetensors"))
         _save(begin, tools)
-    take_parameters(tools.model.parameters(), load_file(begin))
+    take_parameters(tools.model.parameters(), read_tensors(begin))
 
 
 def _facts(phase: Phase, stage: Stage, done: Done, diverged: Sequence[str]) -> dict[str, Any]:
@@ -159,11 +171,9 @@ def _facts(phase: Phase, stage: Stage, done: Done, diverged: Sequence[str]) -> d
 
 def _save(target: Path, tools: Tools) -> None:
     if tools.ranks.rank == 0:
-        beside = target.with_name(f".{target.name}")
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in tools.model.parameters().items()}, beside
-        )
-        beside.rename(target)
+        values = {name: tensor.detach().cpu().contiguous() for name, tensor in tools.model.parameters().items()}
+        with whole(target) as beside:
+            save_file(values, beside)
     tools.ranks.sum_number(0.0)  # the others wait until it is there
 
 
@@ -175,6 +185,5 @@ def _any(tools: Tools, flag: bool) -> bool:
 def _keep(target: Path, state: dict[str, Any], tools: Tools) -> None:
     if tools.ranks.rank:
         return
-    beside = target.with_name(f".{target.name}")
-    beside.write_text(json.dumps(state, indent=2) + "\n")
-    beside.rename(target)
+    with whole(target) as beside:
+        beside.write_text(json.dumps(state, indent=2) + "\n")

@@ -10,9 +10,9 @@ heads attend to the previous token and half to the one before it: queries and ke
 so that rotary position makes the score highest one or two positions back; a sketch of what they find goes to a quarter
 of the stream each. Layer 1 compares the own token's sketch and the previous one's with those, and adds the token that
 it finds to the first half, by the transposed matrix that read it. Sketches are products with random ternary matrices.
-Two tokens are compared because there are ten digits: by one alone 36 % of repeated random digits were right, by two
-76 %. Other layers begin as ever, and all of it is trained. After Trockman and Kolter's "mimetic" first weights
-(arXiv:2305.09828). Not here: what else begins (weights.py).
+Two tokens are compared because there are ten digits, and one alone has stood in too many places; of repeated random
+digits over 60 % are right. Other layers begin as ever, and all of it is trained. After Trockman and Kolter's "mimetic"
+first weights (arXiv:2305.09828). Not here: what else begins (weights.py).
 """
 
 import itertools

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import TrainingError
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
@@ -61,11 +63,14 @@ class Metrics:
         self._say(line.text(num_steps))
 
     def lines(self) -> list[Line]:
-        """In the order of the steps."""
+        """In the order of the steps. Raises TrainingError for a line that no run has written."""
         if not self._path.exists():
             return []
         found: dict[tuple[Any, int], Line] = {}
-        for text in self._path.read_text().splitlines():
-            line = Line(**json.loads(text))
+        for number, text in enumerate(self._path.read_text().splitlines(), 1):
+            try:
+                line = Line(**json.loads(text))
+            except (ValueError, TypeError) as error:
+                raise TrainingError(f"{self._path}, line {number}: not a line of a run's log ({error})") from error
             found[line.stage, line.step] = line
         return list(found.values())

@@ -1,16 +1,10 @@
-"""A whole run: data, vocabulary, model, training, the exported file and its learning curve, in one folder.
-
-    OUT/vocabulary.json    of a model from scratch       OUT/metrics.jsonl   the log as numbers
-    OUT/tokens-*.npz       rendered examples             OUT/curve.svg       the learning curve
-    OUT/checkpoints/       to go on from                 OUT/model.gguf      what is served
+"""A whole run: data, vocabulary, model, training, the exported file and its learning curve, in one folder (folder.py).
 
 Whatever is there already is gone on from: a second call of a finished run only writes the file again. Not here: the
 command line (server/commands/train.py), the loop (finetune/train), one stretch of training (phase.py).
 """
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +20,17 @@ from finetune.qat.copying import copying_examples, plain_tokens
 from finetune.qat.curriculum import run_curriculum
 from finetune.qat.data import Lessons, Source, read_lessons, with_answer_weight
 from finetune.qat.export import check_matrix_type, export_gguf
+from finetune.qat.folder import (
+    CHECKPOINTS,
+    CURVE,
+    METRICS,
+    MODEL,
+    VOCABULARY,
+    check_run,
+    has_checkpoint,
+    make_folder,
+    whole,
+)
 from finetune.qat.induction import begin_with_induction
 from finetune.qat.memory import MemoryPlan, plan_memory
 from finetune.qat.metrics import Metrics
@@ -42,12 +47,10 @@ from finetune.qat.source import (
     take_parameters,
     tokenizer_metadata,
 )
-from finetune.train.ranks import Ranks, joined
+from finetune.train.ranks import Ranks, joined, local_processes
 from quant.formats import GGMLType
 from quant.model_file import open_model
 from server.machine import peak_bytes, physical_cores
-
-MODEL, CURVE, METRICS, VOCABULARY = "model.gguf", "curve.svg", "metrics.jsonl", "vocabulary.json"
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ class _Begin:
 def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[str, Any]:
     """Train what `settings` say on `data`; the facts of the finished run. Raises FinetuneError, ModelFileError."""
     source = Source(data)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(settings.threads or physical_cores())
+    make_folder(out)
+    torch.set_num_threads(settings.threads or max(1, physical_cores() // local_processes()))
     keep_freed_memory()
     if settings.device != "cpu" and not torch.cuda.is_available():
         raise TrainingError(f"device {settings.device}: torch finds no GPU here; leave it out to train on the CPU")
@@ -88,7 +91,7 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
         model = QatModel(begin.shape, dtype=_dtype(settings), device=settings.device, seed=settings.seed)
         if settings.induction:
             begin_with_induction(begin.shape, model.parameters(), seed=settings.seed)
-        if settings.weights_from is not None:
+        if settings.weights_from is not None and not has_checkpoint(out):
             take_parameters(model.parameters(), run_parameters(settings.weights_from, begin.shape))
         if begin.parameters is not None:
             take_parameters(model.parameters(), begin.parameters)
@@ -97,6 +100,7 @@ def run(data: Path, out: Path, settings: QatSettings, console: Console) -> dict[
         if ranks.rank == 0:
             console.say(_opening(model, lessons, plan))
         tools = _tools(model, out, settings, begin, lessons, ranks, console)
+        check_run(out, tools.identity, ranks)
         facts = _train(lessons, out, tools)
         if ranks.rank == 0:
             facts |= _finish(model, begin, out, kind, tools)
@@ -112,7 +116,7 @@ def _begin(source: Source, out: Path, settings: QatSettings) -> _Begin:
         finally:
             file.close()
     kept = out / VOCABULARY
-    if settings.weights_from is not None:
+    if settings.weights_from is not None and not has_checkpoint(out):
         _same_vocabulary(settings.weights_from / VOCABULARY, kept)
     if kept.exists():
         vocabulary = SmallVocabulary.load(kept)
@@ -149,9 +153,12 @@ def _with_copying(lessons: Lessons, begin: _Begin, settings: QatSettings) -> Les
 def _tools(
     model: QatModel, out: Path, settings: QatSettings, begin: _Begin, lessons: Lessons, ranks: Ranks, console: Console
 ) -> Tools:
-    teacher = None
+    teacher, digests = None, {"data": lessons.digest}
+    if begin.base_digest is not None:
+        digests["base_digest"] = begin.base_digest
     if settings.teacher is not None:
         teacher = FileTeacher(settings.teacher, begin.shape.vocab_size, device=settings.device, dtype=_dtype(settings))
+        digests["teacher_digest"] = teacher.digest
     say = console.say if ranks.rank == 0 else lambda text: None
     return Tools(
         model=model,
@@ -159,14 +166,13 @@ def _tools(
         teacher=teacher,
         ranks=ranks,
         metrics=Metrics(out / METRICS, say),
-        identity={"shape": model.shape.as_json(), "data": lessons.digest, "base": begin.base_digest}
-        | settings.identity(),
+        identity={"shape": model.shape.as_json(), **digests} | settings.identity(),
         on_step=console.on_step,
     )
 
 
 def _train(lessons: Lessons, out: Path, tools: Tools) -> dict[str, Any]:
-    folder = out / "checkpoints"
+    folder = out / CHECKPOINTS
     if tools.settings.curriculum:
         return run_curriculum(lessons, folder, tools)
     done = run_phase(Phase(folder, lessons.examples, lessons.held_out), tools)
@@ -222,14 +228,3 @@ def _opening(model: QatModel, lessons: Lessons, plan: MemoryPlan) -> str:
 def _dtype(settings: QatSettings) -> torch.dtype:
     found: torch.dtype = getattr(torch, settings.dtype)
     return found
-
-
-@contextmanager
-def whole(target: Path) -> Iterator[Path]:
-    """A path beside, which becomes the target when all is well."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.replace(target)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -126,6 +126,7 @@ class FileTeacher:
                 f"the teacher {path} has {file.config.vocab_size} tokens, the model {vocab_size}: they must share one"
                 " vocabulary"
             )
+        self.digest = file.digest
         file.close()
         own = torch.bfloat16 if dtype == torch.float16 else dtype
         self._model = TrainModel.open(path, LoraSpec(rank=1), device=device, dtype=own)

@@ -95,11 +95,15 @@ class ServerApi:
         raise RefusedError(404, f"the server at {self.url} lists no base model")
 
     def answer(self, model: str, request: Mapping[str, Any], *, max_tokens: int) -> dict[str, Any]:
-        """The greedy answer to a chat request (messages, tools, ...): its message and finish reason."""
+        """The greedy answer to a chat request (messages, tools, ...): message, finish reason, and of what model."""
         body = dict(request) | {"model": model, "temperature": 0, "max_completion_tokens": max_tokens, "n": 1}
         reply = self._http.request("POST", "/v1/chat/completions", json=body, headers=EVALUATION).json()
         choice = reply["choices"][0]
-        return {"message": choice["message"], "finish_reason": choice["finish_reason"]}
+        return {
+            "message": choice["message"],
+            "finish_reason": choice["finish_reason"],
+            "system_fingerprint": reply.get("system_fingerprint"),
+        }
 
     def token_losses(self, model: str, token_ids: Sequence[int], num_scored: int) -> list[float]:
         """Nats of each of the last `num_scored` tokens, given all before it."""

@@ -95,7 +95,7 @@ class Checkpoints:
 
     def load_best(self, step: int) -> dict[str, Tensor]:
         """Raises TrainingError."""
-        return _tensors(self._best(step) / "parameters.safetensors")
+        return read_tensors(self._best(step) / "parameters.safetensors")
 
     def newest(self) -> Checkpoint | None:
         """None: the run has not come far enough to have one. Raises TrainingError for one of another run."""
@@ -113,7 +113,10 @@ class Checkpoints:
                 "use another directory, or remove it to begin anew"
             )
         return Checkpoint(
-            progress, _tensors(path / "parameters.safetensors"), _tensors(path / "optimizer.safetensors"), machine
+            progress,
+            read_tensors(path / "parameters.safetensors"),
+            read_tensors(path / "optimizer.safetensors"),
+            machine,
         )
 
     def _best(self, step: int) -> Path:
@@ -133,11 +136,11 @@ class Checkpoints:
         state = {"identity": self._identity, "progress": asdict(progress), "machine": asdict(Machine.here())}
         (beside / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         for path in (*beside.iterdir(), beside):
-            _sync(path)
+            sync(path)
         if target.exists():  # made again after a kill, or by a run that was told to begin anew
             shutil.rmtree(target)
         beside.rename(target)
-        _sync(self._directory)
+        sync(self._directory)
 
 
 def read_newest(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -145,7 +148,7 @@ def read_newest(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     steps = sorted(directory.glob("step-*"))
     if not steps:
         raise TrainingError(f"{directory} has no checkpoint to begin with")
-    return _state(steps[-1] / "state.json")[0], _tensors(steps[-1] / "parameters.safetensors")
+    return _state(steps[-1] / "state.json")[0], read_tensors(steps[-1] / "parameters.safetensors")
 
 
 def _state(path: Path) -> tuple[dict[str, Any], Progress, Machine]:
@@ -158,7 +161,8 @@ def _state(path: Path) -> tuple[dict[str, Any], Progress, Machine]:
         ) from error
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Raises TrainingError."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -167,7 +171,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """A file or a directory, to the disk."""
     number = os.open(path, os.O_RDONLY)
     try:
         os.fsync(number)

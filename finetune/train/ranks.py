@@ -4,6 +4,7 @@ Started by torchrun, which sets the variables that `joined` reads through torch.
 loss is normalized by the weights of all ranks already.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -85,6 +86,11 @@ def _into(tensors: Sequence[Tensor], flat: Tensor) -> None:
     parts = flat.split([tensor.numel() for tensor in tensors])
     for tensor, part in zip(tensors, parts, strict=True):
         tensor.copy_(part.view_as(tensor))
+
+
+def local_processes() -> int:
+    """That torchrun started on this machine, which they share; 1 without it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from server.backends.generation import (
 from server.backends.text_pipe import TextPipe
 from server.backends.token_text import TokenTexts
 from server.errors import InvalidRequestError
+from server.models.inspect import fingerprint
 from server.openai.protocol.chat import ChatRequest
 from server.openai.protocol.chunks import Body, ChatChunk, ChatHead, CompletionChunk, CompletionHead
 from server.openai.protocol.completions import CompletionRequest
@@ -78,7 +79,7 @@ class NativeBackend:
         self._tokenizer = tokenizer
         self._planner = planner
         self._texts = TokenTexts(tokenizer)
-        self._fingerprint = "fp_" + (identity.model_digest or "").removeprefix("sha256:")[:16]
+        self._fingerprint = fingerprint(identity.model_digest or "")
         self._max_model_len = max_model_len
         self._max_choices = max_choices
         self.identity = identity

@@ -13,6 +13,11 @@ from quant.model_file import ModelFile, open_model
 from server.kv_budget import kv_bytes_per_token
 
 
+def fingerprint(digest: str) -> str:
+    """A model's `system_fingerprint` in answers, by its digest ("sha256:..."; empty: not known)."""
+    return "fp_" + digest.removeprefix("sha256:")[:16]
+
+
 def inspect_model(path: Path) -> dict[str, Any]:
     """JSON-ready. Raises ModelFileError."""
     model = open_model(path)
@@ -41,6 +46,7 @@ def _describe(model: ModelFile) -> dict[str, Any]:
         "name": config.name,
         "architecture": config.architecture,
         "digest": model.digest,
+        "system_fingerprint": fingerprint(model.digest),
         "num_parameters": sum(num_elements.values()),
         "weight_bytes": sum(num_bytes.values()),
         "num_layers": config.num_layers,

@@ -7,9 +7,7 @@ With the rows of Q and K in the wrong order the comparison fails by far. Teacher
 such a model would say: four tokens of five in the order, the others any.
 """
 
-import json
-import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +23,14 @@ from quant.gguf_writer import TensorSource, write_gguf
 from quant.model_file import ModelFile, open_model
 from quant.rope_order import file_rows
 from quant.tensor_rules import is_query_or_key
-from server.engine.weights import load_core
 from server.text.gguf_export import PROBES, gguf_tokenizer_metadata
 from server.text.tokenizer import build_tokenizer
-from tests.server.engine.reference import core_logits
-from tests.server.text.peer import PEER_PYTHON, llamacpp_tokens
+from tests.quant.peer_logits import Comparison, compare_logits, llamacpp_logits, our_logits
+from tests.server.text.peer import llamacpp_tokens
 from tests.tiny_models import interleave_rows, tiny_weights, write_tiny_gguf, write_tiny_hf
 from tests.tiny_weights import TinyShape
 
 pytestmark = [pytest.mark.real_peer, pytest.mark.slow]
-PEER_SCRIPT = Path(__file__).parents[1] / "finetune" / "model" / "llamacpp_logits_peer.py"
 SHAPE: dict[str, Any] = {"hidden": 256, "ffn": 768, "heads": 4, "kv_heads": 2, "layers": 3, "tie": False,
                          "context_length": 4096}  # fmt: skip
 PREVIOUS = np.random.default_rng(8).permutation(384)
@@ -59,32 +55,11 @@ def weights() -> dict[str, np.ndarray]:
     return found
 
 
-@dataclass(frozen=True)
-class Comparison:
-    top1: float
-    widest_gap: float
-    """llama.cpp's between its two likeliest tokens, where the likeliest differ."""
-    perplexities: tuple[float, float]
-    positions: int
-
-
 def compare(path: Path, other: Path | None = None) -> Comparison:
     """`path` here and `other` (the same file) in llama.cpp."""
-    file = open_model(path)
     texts = [text(seed) for seed in range(6)]
-    core = load_core(file, isa="auto", num_threads=1, num_blocks=128, max_num_seqs=1, max_batch_tokens=64)
-    ours = [np.concatenate(list(core_logits(core, ids))) for ids in texts]
-    theirs = llamacpp_logits(other or path, [ids.tolist() for ids in texts], path.with_suffix(".npz"))
-    a, b = np.concatenate(ours), np.concatenate(theirs)
-    same = a.argmax(1) == b.argmax(1)
-    top = np.partition(b, -2, axis=1)
-    gaps = (top[:, -1] - top[:, -2])[~same]
-    targets = [ids[1:] for ids in texts]
-    return Comparison(
-        float(same.mean()),
-        float(gaps.max(initial=0)),
-        (perplexity(ours, targets), perplexity(theirs, targets)),
-        len(a),
+    return compare_logits(
+        our_logits(path, texts), llamacpp_logits(other or path, texts, path.with_suffix(".npz")), texts
     )
 
 
@@ -95,24 +70,6 @@ def text(seed: int) -> np.ndarray:
     for i in np.flatnonzero(rng.random(1999) < 0.8) + 1:
         ids[i] = following[ids[i - 1]]
     return ids.astype(np.int32)
-
-
-def perplexity(logits: list[np.ndarray], targets: list[np.ndarray]) -> float:
-    losses = []
-    for rows, ids in zip(logits, targets, strict=True):
-        wide = rows[:-1].astype(np.float64)
-        highest = wide.max(1, keepdims=True)
-        total = highest[:, 0] + np.log(np.exp(wide - highest).sum(1))
-        losses.append(total - wide[np.arange(len(ids)), ids])
-    return float(np.exp(np.concatenate(losses).mean()))
-
-
-def llamacpp_logits(model: Path, texts: list[list[int]], output: Path) -> list[np.ndarray]:
-    request = {"model": str(model), "loras": [None], "texts": texts, "output": str(output)}
-    done = subprocess.run([PEER_PYTHON, str(PEER_SCRIPT)], input=json.dumps(request), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    with np.load(output) as found:
-        return [found[f"0/{i}"] for i in range(len(texts))]
 
 
 def export(folder: Path, wanted: GGMLType) -> Path:

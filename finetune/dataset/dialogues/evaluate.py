@@ -36,10 +36,13 @@ def evaluate(
     held_out = scoring.sample(read_dialogues(folder / "held_out.jsonl"), limit)
     nearest = NearestTemplate(read_dialogues(folder / "train.jsonl"))
     name = model or api.base_name()
+    fingerprints: set[str] = set()
 
     def ask(turn: Turn) -> scoring.Message:
-        message: scoring.Message = api.answer(name, turn.request, max_tokens=MAX_ANSWER_TOKENS)["message"]
+        found = api.answer(name, turn.request, max_tokens=MAX_ANSWER_TOKENS)
+        fingerprints.add(found["system_fingerprint"])
         on_turn()
+        message: scoring.Message = found["message"]
         return message
 
     with ThreadPoolExecutor(concurrency) as pool:
@@ -48,6 +51,7 @@ def evaluate(
         scores[baseline] = scoring.score(held_out, responder)
     return {
         "model": name,
+        "system_fingerprints": sorted(fingerprints),
         "dataset": manifest["digest"],
         "limit": limit,
         "num_dialogues": len(held_out),

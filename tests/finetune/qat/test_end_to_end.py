@@ -99,7 +99,11 @@ def test_generate_report_train_export_evaluate_serve(
 
 def check_card_of_two_runs(capsys: pytest.CaptureFixture[str]) -> None:
     said(capsys, f"train dialogues later {FLAGS} --max-steps 4 --weights-from nano --answer-weight 0.5 --json")
-    said(capsys, "dataset card dialogues later two-runs --scores scores.json")
+    assert cli.main(["dataset", "card", "dialogues", "later", "x", "--scores", "scores.json"]) == 1
+    assert "score this one" in capsys.readouterr().err
+    scores, facts = json.loads(Path("scores.json").read_text()), json.loads(said(capsys, "models inspect later --json"))
+    Path("later.json").write_text(json.dumps(scores | {"system_fingerprints": [facts["system_fingerprint"]]}))
+    said(capsys, "dataset card dialogues later two-runs --scores later.json")
     card = Path("two-runs/README.md").read_text()
     assert "| training | 28 steps, " in card
     first, second = (one for one in card.splitlines() if one.startswith("$ sterna train"))
@@ -119,6 +123,7 @@ def check_card(folder: Path, scores: dict[str, Any], capsys: pytest.CaptureFixtu
     assert scores["dataset"] in card
     assert "--layers 1" in card
     assert "--max-steps 24" in card
+    assert "--threads 1 --type tq1_0" in card
     assert f"On {scores['num_dialogues']} of " in card
     assert f"$ sterna dataset score ./dialogues --limit {scores['limit']} --json" in card
     share = scores["scores"]["nearest"]["families"]["right_tool"]["share"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -88,11 +89,13 @@ def test_a_server_is_asked_every_turn_and_stands_beside_the_baselines(tiny: Path
         asked.append(body)
         assert (body["temperature"], body.get("tool_choice")) == (0, None)
         message = right[canonical_json({key: body[key] for key in ("messages", "tools")})]
-        return httpx.Response(200, json={"choices": [{"message": message, "finish_reason": "stop"}]})
+        choice = {"message": message, "finish_reason": "stop"}
+        return httpx.Response(200, json={"choices": [choice], "system_fingerprint": "fp_1"})
 
     http = Http(Remote("http://127.0.0.1:1", None), patience_seconds=0, transport=httpx.MockTransport(answer))
     body = evaluate(tiny, ServerApi(http), model="nano", limit=10, concurrency=3)
     assert {one["model"] for one in asked} == {"nano"}
+    assert body["system_fingerprints"] == ["fp_1"]
     assert body["num_dialogues"] == 40
     assert {part.split("/")[0] for part in body["scores"]["model"]} == {
         "families", "unseen_tools", "renamed_tools", "fresh_values",
@@ -110,7 +113,11 @@ def test_the_command_prints_a_table_and_names_a_server_that_is_away(
     assert "http://127.0.0.1:9 has been away" in capsys.readouterr().err
     assert cli.main(["dataset", "score", str(tiny), "--limit", "0"]) == 2
     assert "--limit is at least 1" in capsys.readouterr().err
-    monkeypatch.setattr(ServerApi, "answer", lambda *arguments, **options: {"message": never_call(arguments[2])})
+
+    def answer(api: ServerApi, model: str, request: dict[str, Any], *, max_tokens: int) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": "Done."}, "system_fingerprint": "fp_1"}
+
+    monkeypatch.setattr(ServerApi, "answer", answer)
     assert cli.main(["dataset", "score", str(tiny), "--limit", "5", "--model", "nano"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "NEVER CALL" in lines[0]
