@@ -6,6 +6,7 @@ form of a line and says which one is wrong; whether its content is right is the 
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,9 @@ from finetune.dataset.errors import DialogueError
 from finetune.gate.expected import Expected, expected_from_message
 
 PARTS = ("train", "validation", "families", "unseen_tools", "renamed_tools", "fresh_values")
+MAX_NESTING = 200
+"""Of a line and of a call's arguments. A generated one has 8; what judges arguments runs out of stack at 330."""
+_TEXTS = ("id", "family", "template", "template_text", "subject", "augmentation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +67,12 @@ class Dialogue:
 
     @classmethod
     def from_line(cls, line: bytes) -> Self:
-        """Raises ValueError that says what is wrong."""
-        if not line.strip():
-            raise ValueError("the line is empty")
-        value = json.loads(line)
-        if not isinstance(value, dict):
-            raise ValueError("the line is no JSON object")
+        """Raises ValueError or RecursionError that says what is wrong."""
+        return cls.from_object(read_object(line))
+
+    @classmethod
+    def from_object(cls, value: Mapping[str, Any]) -> Self:
+        """Raises ValueError. Of messages and tools only that they are objects is checked."""
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in value and name != "aliases"]:
             raise ValueError(f"the key '{missing[0]}' is missing")
@@ -77,14 +81,59 @@ class Dialogue:
         for name, accepted in (("part", PARTS), ("kind", KINDS), ("category", CATEGORIES)):
             if value[name] not in accepted:
                 raise ValueError(f"'{name}' must be one of {', '.join(accepted)}, not {value[name]!r:.40}")
+        for name in _TEXTS:
+            if not isinstance(value[name], str):
+                raise ValueError(f"'{name}' must be a string, not {value[name]!r:.40}")
         for name in ("expected", "messages", "tools"):
             if not isinstance(value[name], list) or not all(isinstance(one, dict) for one in value[name]):
                 raise ValueError(f"'{name}' must be a list of objects")
-        if not isinstance(value.get("aliases", {}), dict):
-            raise ValueError("'aliases' must be an object")
-        if isinstance(value["difficulty"], bool) or not isinstance(value["difficulty"], int | float):
-            raise ValueError("'difficulty' must be a number")
+        aliases = value.get("aliases", {})
+        if not isinstance(aliases, dict) or not all(map(_is_alias, aliases.values())):
+            raise ValueError("'aliases' must be an object of objects with 'tool', 'arguments' and 'description'")
+        if not _is_finite(value["difficulty"]):
+            raise ValueError(f"'difficulty' must be a number, not {value['difficulty']!r:.40}")
         return cls(**value)
+
+
+def read_object(line: bytes) -> dict[str, Any]:
+    """A line's JSON object. Raises ValueError that says what is wrong, RecursionError for one nested too deeply."""
+    if not line.strip():
+        raise ValueError("the line is empty")
+    value = json.loads(line)
+    if not isinstance(value, dict):
+        raise ValueError("the line is no JSON object")
+    check_value(value)
+    return value
+
+
+def check_value(value: Any) -> None:
+    """Raises ValueError for JSON that cannot be rendered: too deep (if not RecursionError), or half a character."""
+    text = json.dumps(value, ensure_ascii=False)
+    if text.count("[") + text.count("{") > MAX_NESTING:  # rare, and a walk costs as much as all else
+        layer = [value]
+        for _ in range(MAX_NESTING):
+            layer = [inner for one in layer if isinstance(one, dict | list)
+                     for inner in (one.values() if isinstance(one, dict) else one)]  # fmt: skip
+        if layer:
+            raise ValueError(f"it is nested more than {MAX_NESTING} deep")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start : error.start + 1]
+        raise ValueError(f"the text has {half!a}, which is half of a character") from None
+
+
+def _is_alias(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("arguments"), dict):
+        return False
+    texts = (value.get("tool"), value.get("description"), *value["arguments"].values())
+    return all(isinstance(text, str) for text in texts)
+
+
+def _is_finite(value: Any) -> bool:
+    """Fits float64 as well: JSON has integers of any size, and Python's has NaN."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) <= sys.float_info.max
 
 
 def shown_tool(dialogue: Dialogue, name: str) -> ShownTool:
@@ -127,7 +176,7 @@ def read_dialogues(path: Path) -> Iterator[Dialogue]:
                 yield Dialogue.from_line(line)
     except OSError as error:
         raise DialogueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
+    except (ValueError, RecursionError) as error:  # json.JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise DialogueError(f"{path}, line {number}: {error}") from None
     if not number:
         raise DialogueError(f"{path} is empty: a data set has at least one line")

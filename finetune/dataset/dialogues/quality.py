@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.dataset.dialogues.distinct import DistinctSets
-from finetune.dataset.dialogues.examples import Dialogue, read_dialogues, shown_tool
+from finetune.dataset.dialogues.examples import Dialogue, check_value, read_dialogues, shown_tool
 from finetune.dataset.dialogues.generate import FILES, MANIFEST, digest_of, values_of
 from finetune.dataset.dialogues.scenarios import scenarios
 from finetune.dataset.dialogues.templates import SHARES, THRESHOLD
@@ -84,24 +84,24 @@ class _Set:
         problem = form_problem(one)
         self._note("schema valid", problem, where)
         if problem is None:
-            self._note("tool results verified", result_problem(one), where)
+            self._note("tool results verified", _result_problem(one), where)
         self._note("ids are unique", f"'{one.id}' again" if one.id in self.ids else None, where)
         self.ids.add(one.id)
         self._note("split by families", self._family_problem(one), where)
-        if problem is None:
-            self._note("unseen tools unseen", _unseen_problem(one), where)
-            self._note("renamed tools renamed", self._renaming_problem(one), where)
-            self._overlap(one, where)
-        if one.template not in part.templates:
-            part.templates[one.template] = one.template_text
-            if one.part == "train" and len(self.sample) < NGRAM_SAMPLE:
-                self.sample.append(one.request)
         part.rows += 1
         part.kinds[one.kind] += 1
         part.categories[one.category] += 1
         part.families[one.family] += 1
-        if problem is None:
-            part.tools.update(str(call["name"]) for call in one.own_calls)
+        is_first = one.template not in part.templates
+        part.templates.setdefault(one.template, one.template_text)
+        if problem is not None:  # there may be no request
+            return
+        self._note("unseen tools unseen", _unseen_problem(one), where)
+        self._note("renamed tools renamed", self._renaming_problem(one), where)
+        self._overlap(one, where)
+        if is_first and one.part == "train" and len(self.sample) < NGRAM_SAMPLE:
+            self.sample.append(one.request)
+        part.tools.update(str(call["name"]) for call in one.own_calls)
         part.lengths.append(len(one.request))
         too_long = len(one.request) > MAX_REQUEST_CHARACTERS
         self._note("request length", f"a request of {len(one.request)} characters" if too_long else None, where)
@@ -136,6 +136,13 @@ class _Set:
         elif one.part == "fresh_values":
             is_fresh = not values_of(one.own_calls[:1]) <= self.values
             self._note("fresh values are fresh", None if is_fresh else "training has all its values", where)
+
+
+def _result_problem(one: Dialogue) -> str | None:
+    try:
+        return result_problem(one)
+    except (ValueError, ArithmeticError) as error:  # values that no example has: 1e308 grams, an empty separator
+        return f"a tool cannot take its arguments: {error}"
 
 
 def _unseen_problem(one: Dialogue) -> str | None:
@@ -184,16 +191,29 @@ def report(folder: Path, *, on_line: Callable[[], None] = lambda: None) -> Repor
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if not isinstance(manifest, dict) or not {"digest", "files", "templates"} <= manifest.keys():
-            raise ValueError("its keys are not those of a data set")
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        _check_manifest(manifest)
     except FileNotFoundError:
         raise DialogueError(
             f"{folder} is no data set: it has no {MANIFEST}; `sterna dataset generate` makes one"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DialogueError(f"{folder / MANIFEST} cannot be read: {error}") from None
     return manifest
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Raises ValueError."""
+    if not isinstance(manifest, dict) or not {"digest", "files", "options", "templates"} <= manifest.keys():
+        raise ValueError("its keys are not those of a data set")
+    for name, kind in (("digest", str), ("files", dict), ("options", dict), ("templates", dict)):
+        if not isinstance(manifest[name], kind):
+            raise ValueError(f"'{name}' must be {'a string' if kind is str else 'an object'}")
+    for name in FILES:
+        entry = manifest["files"].get(name)
+        if not isinstance(entry, dict) or type(entry.get("rows")) is not int or type(entry.get("sha256")) is not str:
+            raise ValueError(f"'files' must give the 'rows' and 'sha256' of '{name}'")
+    check_value(manifest)
 
 
 def _templates_apart(found: _Set) -> Check:
@@ -280,7 +300,7 @@ def _enough(found: _Set, manifest: Mapping[str, Any]) -> Check:
 
 def _stats(found: _Set, manifest: Mapping[str, Any]) -> dict[str, Any]:
     def part(one: _Part) -> dict[str, Any]:
-        lengths = sorted(one.lengths)
+        lengths = sorted(one.lengths) or [0]  # none: no line has the right form
         return {
             "rows": one.rows,
             "templates": len(one.templates),

@@ -16,7 +16,7 @@ from finetune.dataset.dialogues.quality import report
 from finetune.dataset.errors import DialogueError
 from finetune.dataset.jsonl import file_digest
 from server import cli
-from tests.finetune.dataset.dialogues.conftest import TINY
+from tests.finetune.dataset.dialogues.conftest import TINY, changed_report
 
 
 def test_the_same_options_give_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_fault_fails_its_check_and_names_the_line(
         if rows[number]["template_text"] == "FIRST":
             rows[number]["template_text"] = rows[0]["template_text"]
 
-    found = _changed(tiny, tmp_path, "train.jsonl", change)
+    found = changed_report(tiny, tmp_path, "train.jsonl", change)
     (failed,) = [one for one in found["checks"] if one["name"] == check]
     assert not found["ok"]
     assert not failed["ok"]
@@ -135,14 +135,14 @@ def test_a_fault_fails_its_check_and_names_the_line(
 
 def test_what_is_held_out_must_not_be_trained_on(tiny: Path, tmp_path: Path) -> None:
     asked = next(read_dialogues(tiny / "held_out.jsonl")).request
-    found = _changed(tiny, tmp_path, "train.jsonl", lambda rows: _say(rows[3], asked))
+    found = changed_report(tiny, tmp_path, "train.jsonl", lambda rows: _say(rows[3], asked))
     assert "no overlap of parts" in {one["name"] for one in found["checks"] if not one["ok"]}
 
 
 def test_tools_kept_unseen_must_not_be_offered_in_training(tiny: Path, tmp_path: Path) -> None:
     unseen = next(one for one in read_dialogues(tiny / "held_out.jsonl") if one.part == "unseen_tools")
     tools = [dict(tool) for tool in unseen.tools]
-    found = _changed(tiny, tmp_path, "validation.jsonl", lambda rows: rows[0]["tools"].extend(tools))
+    found = changed_report(tiny, tmp_path, "validation.jsonl", lambda rows: rows[0]["tools"].extend(tools))
     assert "unseen tools unseen" in {one["name"] for one in found["checks"] if not one["ok"]}
 
 
@@ -153,7 +153,7 @@ def test_names_kept_for_renamed_tools_must_not_be_offered_in_training(tiny: Path
         row = next(row for row in rows if not row["tools"])
         row["tools"], row["aliases"] = [dict(tool) for tool in other.tools], dict(other.aliases)
 
-    found = _changed(tiny, tmp_path, "train.jsonl", change)
+    found = changed_report(tiny, tmp_path, "train.jsonl", change)
     assert "renamed tools renamed" in {one["name"] for one in found["checks"] if not one["ok"]}
 
 
@@ -161,20 +161,9 @@ def test_a_set_that_lost_a_kind_or_a_tool_is_out_of_balance(tiny: Path, tmp_path
     def change(rows: list[dict[str, Any]]) -> None:
         rows[:] = [row for row in rows if row["kind"] != "tool_error" and "arithmetic" not in row["subject"]]
 
-    found = _changed(tiny, tmp_path, "train.jsonl", change)
+    found = changed_report(tiny, tmp_path, "train.jsonl", change)
     failed = {one["name"] for one in found["checks"] if not one["ok"]}
     assert {"kinds in balance", "as many templates as were asked for", "digests as in the manifest"} <= failed
-
-
-def _changed(tiny: Path, tmp_path: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]) -> dict[str, Any]:
-    """The report of a copy in which the rows of one file were changed."""
-    folder = tmp_path / "changed"
-    shutil.copytree(tiny, folder)
-    rows = [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
-    change(rows)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (folder / name).write_text(text, "utf-8")
-    return report(folder).body()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +231,9 @@ def test_the_command_line_makes_a_set_and_reports_on_it(tmp_path: Path, capsys: 
 def test_a_set_that_fails_is_told_apart_by_its_exit_code(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _changed(tiny, tmp_path, "train.jsonl", lambda rows: _break_result(rows[0] if rows[0]["expected"] else rows[5]))
+    changed_report(
+        tiny, tmp_path, "train.jsonl", lambda rows: _break_result(rows[0] if rows[0]["expected"] else rows[5])
+    )
     assert cli.main(["dataset", "report", str(tmp_path / "changed"), "--json"]) == 1
     captured = capsys.readouterr()
     assert not json.loads(captured.out)["ok"]
