@@ -1,7 +1,7 @@
 """The documented commands at a tiny size: generate, report, train, export, serve, evaluate, and the model card.
 
 What is asked of the model is nothing: so small, and trained for a minute, it answers at random. That a trained one does
-its job is in the card of models/sterna-nano-tools.
+its job is in test_shipped_model.py and its card.
 """
 
 import hashlib
