@@ -1,4 +1,4 @@
-"""How large an exported file is beside the model's bf16 checkpoint: nearly as models/sterna-nano-tools, with more vocabulary."""
+"""How large an exported file is beside the bf16 checkpoint: models/sterna-nano-tools with a larger vocabulary."""
 
 from pathlib import Path
 
