@@ -28,7 +28,7 @@ def keep_freed_memory() -> bool:
 
 def return_holes() -> None:
     """To the kernel: the pages that are free within the heap. Micro-batches differ in their sizes and the holes that
-    they leave add up, 1.1 to 1.8 GB in 200 steps of 12 M parameters."""
+    they leave add up: of 2.6 M parameters after 200 steps 120 MB of 1.2 GB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
