@@ -7,6 +7,7 @@ tokens on the default model. The settings are the whole process's, so a program 
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST = 2**31 - 1
@@ -19,7 +20,7 @@ attention's products."""
 def keep_freed_memory() -> bool:
     """To be called before anything is computed. False where the C library has no such setting (macOS, musl)."""
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _MAX_KERNELS)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _of_glibc("mallopt")
     if mallopt is None:
         return False
     # glibc takes no mmap threshold above half a heap (32 MB on 64 bits) and then refuses the whole call.
@@ -28,7 +29,12 @@ def keep_freed_memory() -> bool:
 
 def return_holes() -> None:
     """To the kernel: the pages that are free within the heap. Micro-batches differ in their sizes and the holes that
-    they leave add up: of 2.6 M parameters after 200 steps 120 MB of 1.2 GB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    they leave add up."""
+    trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """None where the C library has no such function."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

@@ -91,7 +91,7 @@ def read_lessons(
 
 def with_answer_weight(lessons: Lessons, weight: float) -> Lessons:
     """Less of what answers say in training; that they are answers and where they end (their first and last token) keeps
-    its weight. In the generated dialogues they take most of a trained model's held-out loss."""
+    its weight."""
     if weight == 1:
         return lessons
 

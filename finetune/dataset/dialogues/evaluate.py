@@ -40,7 +40,7 @@ def evaluate(
 
     def ask(turn: Turn) -> scoring.Message:
         found = api.answer(name, turn.request, max_tokens=MAX_ANSWER_TOKENS)
-        fingerprints.add(found["system_fingerprint"])
+        fingerprints.add(str(found["system_fingerprint"]))
         on_turn()
         message: scoring.Message = found["message"]
         return message

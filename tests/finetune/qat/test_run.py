@@ -2,9 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -17,58 +15,24 @@ from finetune.dataset.errors import DialogueError
 from finetune.dataset.render import Renderer
 from finetune.errors import DivergedError, TrainingError
 from finetune.packed import Example
-from finetune.qat.config import QatSettings, load_qat_settings
+from finetune.qat.config import load_qat_settings
 from finetune.qat.curriculum import Stage
 from finetune.qat.data import Lessons, with_answer_weight
 from finetune.qat.export import ACTIVATIONS, ACTIVATIONS_KEY
+from finetune.qat.folder import CURVE, METRICS, MODEL, VOCABULARY
 from finetune.qat.phase import Done, Phase, Tools
-from finetune.qat.run import CURVE, METRICS, MODEL, VOCABULARY, Console, run
+from finetune.qat.run import run
 from quant.formats import GGMLType
 from quant.model_file import open_model
 from server import cli
 from server.errors import ConfigError
+from tests.finetune.qat.tiny_runs import TINY, quiet, tiny, write_birds
 from tests.tiny_models import write_tiny_gguf
-
-TINY: dict[str, Any] = {
-    "vocab_size": 300,
-    "intermediate_size": 256,
-    "layers": 1,
-    "context_length": 256,
-    "max_steps": 6,
-    "tokens_per_step": 200,
-    "micro_batch_tokens": 256,
-    "evaluate_every": 3,
-    "log_every": 1,
-    "checkpoint_every": 2,
-    "threads": 1,
-    "dtype": "float32",
-    "epochs": 3.0,
-}
-BIRDS = ("tern", "gull", "heron", "auk", "crane", "swan", "owl", "kite")
-
-
-def line(number: int) -> bytes:
-    bird, other = BIRDS[number % 8], BIRDS[(number * 5 + 1) % 8]
-    messages = [
-        {"role": "user", "content": f"Say {bird} then {other}, number {number}."},
-        {"role": "assistant", "content": f"{bird} {other}"},
-    ]
-    return json.dumps({"messages": messages}).encode() + b"\n"
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    path = tmp_path / "birds.jsonl"
-    path.write_bytes(b"".join(map(line, range(80))))
-    return path
-
-
-def quiet(on_step: Callable[[int, int], None] = lambda step, num_steps: None) -> Console:
-    return Console(lambda text: None, lambda text: None, on_step)
-
-
-def tiny(**options: Any) -> QatSettings:
-    return QatSettings(**{**TINY, **options})
+    return write_birds(tmp_path / "birds.jsonl")
 
 
 def test_a_killed_run_goes_on_and_its_file_is_served(data: Path, tmp_path: Path) -> None:

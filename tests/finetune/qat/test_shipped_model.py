@@ -23,7 +23,7 @@ MODEL = ROOT / "models" / "sterna-nano-tools" / "model.gguf"
 
 @pytest.fixture(scope="module")
 def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of another seed than it was trained with: only the held-out families are no training data."""
+    """What is read of it are its validation families, which no training set has."""
     folder = tmp_path_factory.mktemp("shipped") / "dialogues"
     generate(folder, Options(templates=100))
     return folder
