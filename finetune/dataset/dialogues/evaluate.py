@@ -11,8 +11,9 @@ from typing import Any
 
 from finetune.dataset.dialogues import scoring
 from finetune.dataset.dialogues.baselines import NearestTemplate, always_call, never_call
-from finetune.dataset.dialogues.examples import Turn, read_dialogues
+from finetune.dataset.dialogues.examples import Turn
 from finetune.dataset.dialogues.quality import read_manifest
+from finetune.dataset.dialogues.verify import read_sound
 from finetune.serving.api import ServerApi
 
 MAX_ANSWER_TOKENS = 128
@@ -30,11 +31,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """`model`: as requests name it; None: the server's base. `limit`: dialogues of each part; None: all.
 
-    Raises DialogueError for a set that cannot be read, RefusedError and ServerDownError.
+    Raises DialogueError for a set that cannot be read or judged, RefusedError and ServerDownError.
     """
     manifest = read_manifest(folder)
-    held_out = scoring.sample(read_dialogues(folder / "held_out.jsonl"), limit)
-    nearest = NearestTemplate(read_dialogues(folder / "train.jsonl"))
+    held_out = scoring.sample(read_sound(folder / "held_out.jsonl"), limit)
+    nearest = NearestTemplate(read_sound(folder / "train.jsonl"))
     name = model or api.base_name()
     fingerprints: set[str] = set()
 

@@ -6,18 +6,29 @@ every tool is run again on the arguments: what it says must be what the dialogue
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from finetune.dataset.dialogues.examples import Dialogue, shown_tool
+from finetune.dataset.dialogues.examples import Dialogue, read_dialogues, shown_tool
 from finetune.dataset.dialogues.tool import ArgumentsError, check_arguments, run_tool
 from finetune.dataset.dialogues.toolbox import TOOLS
+from finetune.dataset.errors import DialogueError
 from finetune.gate.expected import parse_arguments
 from server.openai.protocol.chat import ChatRequest
 
 _NUM_CALLS = {"tool_used": (1, 1), "no_tool": (0, 0), "tool_error": (1, 1), "multi_tool": (2, 4)}
+
+
+def read_sound(path: Path) -> Iterator[Dialogue]:
+    """Dialogues that can be asked and judged. Raises DialogueError naming the first line that cannot."""
+    for number, one in enumerate(read_dialogues(path), 1):
+        problem = form_problem(one)
+        if problem is not None:
+            raise DialogueError(f"{path}, line {number}: {problem}; `sterna dataset report {path.parent}` tells all")
+        yield one
 
 
 def form_problem(dialogue: Dialogue) -> str | None:

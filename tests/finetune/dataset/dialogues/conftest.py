@@ -28,14 +28,18 @@ def tiny_dialogues(tiny: Path) -> list[Dialogue]:
     return [one for name in FILES for one in read_dialogues(tiny / name)]
 
 
-def changed_report(
-    tiny: Path, tmp_path: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]
-) -> dict[str, Any]:
-    """The report of a copy in which the rows of one file were changed."""
+def changed_copy(tiny: Path, tmp_path: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]) -> Path:
+    """Of the set, with the rows of one file changed."""
     folder = tmp_path / "changed"
     shutil.copytree(tiny, folder)
     rows = [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
     change(rows)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / name).write_text(text, "utf-8")
-    return report(folder).body()
+    return folder
+
+
+def changed_report(
+    tiny: Path, tmp_path: Path, name: str, change: Callable[[list[dict[str, Any]]], Any]
+) -> dict[str, Any]:
+    return report(changed_copy(tiny, tmp_path, name, change)).body()

@@ -21,11 +21,13 @@ from finetune.dataset.dialogues.scoring import (
     score,
 )
 from finetune.dataset.dialogues.scoring import body as scores_body
+from finetune.dataset.errors import DialogueError
 from finetune.dataset.rows import canonical_json
 from finetune.serving.api import ServerApi
 from finetune.serving.http import Http
 from server import cli
 from server.config import Remote
+from tests.finetune.dataset.dialogues.conftest import changed_copy
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,19 @@ def test_a_server_is_asked_every_turn_and_stands_beside_the_baselines(tiny: Path
     assert all(one["share"] == 1 for by_metric in body["scores"]["model"].values() for one in by_metric.values())
     assert body["scores"]["never_call"]["families"]["right_tool"]["share"] == 0
     assert body["scores"].keys() == {"model", "always_call", "never_call", "nearest"}
+
+
+@pytest.mark.parametrize("name", ["held_out.jsonl", "train.jsonl"])
+def test_a_set_that_cannot_be_judged_is_refused_by_its_line_before_anything_is_asked(
+    tiny: Path, tmp_path: Path, name: str
+) -> None:
+    def without_request(rows: list[dict[str, Any]]) -> None:
+        rows[2]["messages"] = [one for one in rows[2]["messages"] if one["role"] != "user"]
+
+    folder = changed_copy(tiny, tmp_path, name, without_request)
+    said = rf"{name}, line 3: the messages come as .*`sterna dataset report {folder}`"
+    with pytest.raises(DialogueError, match=said):
+        evaluate(folder, ServerApi(Http(Remote("http://127.0.0.1:9", None), patience_seconds=0)))
 
 
 def test_the_command_prints_a_table_and_names_a_server_that_is_away(
