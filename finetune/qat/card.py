@@ -4,9 +4,8 @@
     OUT/README.md                    commands, data digest, size, sha256, training, and the scores beside the baselines
 
 Everything comes from the run's checkpoints, log and file, from the data set's manifest, and from what `sterna dataset
-score --json` printed; that all three are of the same data, and the
-scores of this model, is checked. Not here: training (run.py), asking the server
-(finetune/dataset/dialogues/evaluate.py).
+score --json` printed; that all three are of the same data, and the scores of this model, is checked. Not here: training
+(run.py), asking the server (finetune/dataset/dialogues/evaluate.py).
 """
 
 import hashlib
