@@ -32,8 +32,8 @@ AnyBatch = TypeVar("AnyBatch")
 RUNAWAY_FACTOR = 4.0
 """A loss this many times the first one, or this many nats where the first was below 1 (an easy or KL-only step), is no
 training any more: the rate is far too high."""
-_HOLES_EVERY = 8
-"""Steps. Pages that come back fault anew, 0.5 s a gigabyte; holes of the shipped shape grow by 20 MiB a step."""
+_HOLES_EVERY = 20
+"""Steps. Pages that come back fault anew: 0.6 s a gigabyte."""
 
 
 class Trainable(Protocol[Batch]):
