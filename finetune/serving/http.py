@@ -23,6 +23,11 @@ AWAY = frozenset({429, 502, 503, 504})
 _LOOPBACK = frozenset(("127.0.0.1", "::1", "localhost"))
 
 
+def may_use_proxy(url: str) -> bool:
+    """A proxy cannot reach our loopback, and must not see what is meant for it."""
+    return httpx.URL(url).host not in _LOOPBACK
+
+
 class Http:
     """One server. Safe to use from several threads."""
 
@@ -48,7 +53,7 @@ class Http:
             headers={} if key is None else {"Authorization": f"Bearer {key.get_secret_value()}"},
             timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
             limits=httpx.Limits(max_connections=None),
-            trust_env=httpx.URL(remote.url).host not in _LOOPBACK,  # a proxy cannot reach our loopback
+            trust_env=may_use_proxy(remote.url),
             transport=transport,
         )
 

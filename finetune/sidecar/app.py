@@ -26,9 +26,10 @@ from finetune.rounds.report import round_body
 from finetune.rounds.store import RoundStore
 from finetune.sidecar.metrics import SidecarMetrics
 from server.adapters.version import check_adapter_name
-from server.errors import AdapterError, ConfigError
+from server.errors import AdapterError, ConfigError, ServerUnavailableError
 
 MAX_BODY_BYTES = 65_536
+MAX_VERSION = 2**31 - 1
 MayAsk = Callable[[str | None], tuple[int, str] | None]
 """Given the Authorization header: None, or the status and the reason why not."""
 
@@ -58,8 +59,11 @@ def build_app(
         refused = await asyncio.to_thread(may_ask, request.headers.get("authorization"))
         if refused is not None:
             return _error(*refused)
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if media_type != "application/json":  # what a foreign web page cannot send without being asked about it first
+            return _error(415, "the body must be sent as Content-Type: application/json")
         try:
-            adapter, parent = _read(await request.body())
+            adapter, parent = _read(await _body(request))
         except (ValueError, AdapterError) as error:
             return _error(400, str(error))
         await asyncio.to_thread(request_round, adapter, parent)
@@ -71,13 +75,25 @@ def build_app(
         Route("/rounds", list_rounds, methods=["GET"]),
         Route("/rounds", begin_round, methods=["POST"]),
     ]
-    return Starlette(routes=routes)
+    return Starlette(routes=routes, exception_handlers={ServerUnavailableError: _unavailable})
+
+
+async def _unavailable(request: Request, error: Exception) -> Response:
+    return _error(503, str(error))
+
+
+async def _body(request: Request) -> bytes:
+    """Raises ValueError."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ValueError(f"the body exceeds {MAX_BODY_BYTES} bytes")
+    return bytes(body)
 
 
 def _read(body: bytes) -> tuple[str, int | None]:
     """Raises ValueError, AdapterError."""
-    if len(body) > MAX_BODY_BYTES:
-        raise ValueError(f"the body exceeds {MAX_BODY_BYTES} bytes")
     try:
         given = json.loads(body)
     except (ValueError, RecursionError):
@@ -88,7 +104,9 @@ def _read(body: bytes) -> tuple[str, int | None]:
     if unknown:
         raise ValueError(f"unknown key '{unknown[0][:40]}'; known are adapter, parent")
     parent = given.get("parent")
-    if parent is not None and (not isinstance(parent, int) or isinstance(parent, bool) or parent < 1):
+    if parent is not None and (
+        not isinstance(parent, int) or isinstance(parent, bool) or not 1 <= parent <= MAX_VERSION
+    ):
         raise ValueError(f"'parent' is a version's number, not {json.dumps(parent)[:40]}")
     return check_adapter_name(given["adapter"]), parent
 

@@ -22,6 +22,7 @@ from finetune.rounds.lease import Lease, held
 from finetune.rounds.runner import Runner, open_runner
 from finetune.rounds.store import Request
 from finetune.rounds.watching import Watcher
+from finetune.serving.http import may_use_proxy
 from finetune.sidecar.app import build_app, serving
 from finetune.sidecar.metrics import SidecarMetrics
 from finetune.sidecar.triggers import due
@@ -183,9 +184,13 @@ def _tell(runner: Runner, own: FinetuneSettings, metrics: SidecarMetrics, stop: 
 def may_ask(remote: Remote, authorization: str | None) -> tuple[int, str] | None:
     """What the server says to a caller who asks it for its adapters."""
     headers = {} if authorization is None else {"Authorization": authorization}
+    if authorization is not None and not authorization.isascii():
+        return 401, "the Authorization header has characters that no API key has"
     try:
-        reply = httpx.get(f"{remote.url}/v1/adapters", headers=headers, timeout=10.0)
-    except httpx.TransportError as error:
+        reply = httpx.get(
+            f"{remote.url}/v1/adapters", headers=headers, timeout=10.0, trust_env=may_use_proxy(remote.url)
+        )
+    except httpx.HTTPError as error:
         return 503, f"the server at {remote.url} is away: {error}"
     if reply.is_success:
         return None

@@ -100,9 +100,12 @@ class Webhooks:
             return True
         body = json.dumps(self._event(kind, change)).encode()
         try:
-            reply = self._client.post(endpoint.url, content=body, headers=self._headers(change, body))
-            problem = None if reply.is_success else f"HTTP {reply.status_code}"
-        except httpx.TransportError as error:
+            headers = self._headers(change, body)
+            with self._client.stream(
+                "POST", endpoint.url, content=body, headers=headers
+            ) as reply:  # its body is its own
+                problem = None if reply.is_success else f"HTTP {reply.status_code}"
+        except httpx.HTTPError as error:
             problem = str(error) or type(error).__name__
         self._on_delivery("delivered" if problem is None else "failed")
         if problem is None:

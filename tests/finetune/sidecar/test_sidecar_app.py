@@ -15,6 +15,7 @@ from finetune.rounds.store import RoundStore
 from finetune.sidecar.app import build_app
 from finetune.sidecar.metrics import SidecarMetrics
 from server.storage.database import Database
+from server.storage.errors import DatabaseUnavailableError
 from tests.finetune.rounds.decisions import a_decision
 
 
@@ -72,14 +73,32 @@ def test_rounds_on_request(bench: Bench) -> None:
         (b'{"adapter": "../x"}', "is no adapter name"),
         (b'{"adapter": "tools", "parent": true}', "'parent' is a version's number, not true"),
         (b'{"adapter": "tools", "parent": 0}', "'parent' is a version's number, not 0"),
+        (b'{"adapter": "tools", "parent": 100000000000000000000000}', "'parent' is a version's number, not 1000"),
         (b" " * 70_000, "exceeds"),
     ],
 )
 def test_bad_requests(bench: Bench, body: bytes, reason: str) -> None:
-    reply = bench.http.post("/rounds", content=body)
+    reply = bench.http.post("/rounds", content=body, headers={"Content-Type": "application/json; charset=utf-8"})
     assert reply.status_code == 400
     assert reason in reply.json()["error"]["message"]
     assert bench.asked == []
+
+
+def test_what_a_foreign_web_page_can_send_begins_no_round(bench: Bench) -> None:
+    for headers in ({"Content-Type": "text/plain"}, {}):
+        reply = bench.http.post("/rounds", content=b'{"adapter": "tools"}', headers=headers)
+        assert reply.status_code == 415
+        assert "application/json" in reply.json()["error"]["message"]
+    assert bench.asked == []
+
+
+def test_a_database_that_is_away_is_said(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(adapter: str | None) -> list[Round]:
+        raise DatabaseUnavailableError("the database is locked")
+
+    monkeypatch.setattr(bench.store, "list", away)
+    reply = bench.http.get("/rounds")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (503, "the database is locked")
 
 
 def test_whom_the_server_refuses_is_refused(bench: Bench) -> None:

@@ -178,11 +178,12 @@ def test_the_server_says_who_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
             httpx.Response(200),
             httpx.Response(403, json={"error": {"message": "no scope"}}),
             httpx.Response(502, text="<html>"),
+            httpx.Response(200),
         ]
     )
 
-    def get(url: str, *, headers: dict[str, str], timeout: float) -> httpx.Response:
-        assert url == "http://there/v1/adapters"
+    def get(url: str, *, headers: dict[str, str], timeout: float, trust_env: bool) -> httpx.Response:
+        assert (url, trust_env) == (f"{remote.url}/v1/adapters", "there" in remote.url)
         seen.append(headers)
         return next(replies)
 
@@ -192,3 +193,6 @@ def test_the_server_says_who_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
     assert may_ask(remote, None) == (403, "no scope")
     assert may_ask(remote, None) == (502, "the server said 502")
     assert seen == [{"Authorization": "Bearer x"}, {}, {}]
+    assert may_ask(remote, "Bearer ü") == (401, "the Authorization header has characters that no API key has")
+    remote = Remote("http://127.0.0.1:8000", None)  # no proxy may see a key that is meant for our loopback
+    assert may_ask(remote, "Bearer x") is None

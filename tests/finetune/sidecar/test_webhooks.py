@@ -123,6 +123,27 @@ def test_one_that_fails_holds_back_no_other(bench: Bench, caplog: pytest.LogCapt
     assert "secret" not in caplog.text
 
 
+class _NotGzip(httpx.SyncByteStream):
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"not gzip"
+
+
+def test_what_an_endpoint_says_beside_its_status_is_its_own(bench: Bench) -> None:
+    """A body that cannot be decoded stopped the delivery to all, and was met again every two seconds."""
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "odd.example.org":
+            return httpx.Response(200, headers={"content-encoding": "gzip"}, stream=_NotGzip())
+        return bench.receiver(request)
+
+    transport = httpx.MockTransport(answer)
+    hooks = Webhooks(bench.database, ["https://odd.example.org/", URL], "s3cret", transport=transport)
+    hooks.deliver(bench.lease)
+    bench.registry.reject(VersionRef("tools", 1), asked_by="test", reason="test")
+    hooks.deliver(bench.lease)
+    assert bench.told() == [("rejected", "tools@1")]
+
+
 def test_a_kill_loses_none(bench: Bench) -> None:
     """Told and not noted: it is told again with the same id. Not told: it is told by the next process."""
     bench.registry.reject(VersionRef("tools", 1), asked_by="test", reason="test")

@@ -99,6 +99,7 @@ def test_report(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "tools", "--rnak", "4"], "--rnak: no such flag; did you mean --rank?"),
         (["run", "tools", "--rank", "0"], "--rank: '0' is not accepted"),
         (["--webhook-urls", "https://x"], "webhook_urls needs webhook_secret"),
+        (["--webhook-urls", "http://[::1/hook", "--webhook-secret", "s"], "it is no URL"),
     ],
 )
 def test_a_wrong_line_is_told(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
