@@ -80,7 +80,8 @@ class Decision:
     regression_candidate: RegressionScore | None = None
     regression_opponent: RegressionScore | None = None
     clusters: tuple[str, ...] = ()
-    """That were tested, and the newest trace among them: what the next decision must leave out."""
+    """That were looked at, those without gold as well (a label may come later), and the newest trace among them: what
+    the next decision must leave out."""
     newest_position: int = -1
 
     @property
@@ -182,8 +183,8 @@ def decide(
         scores=scores,
         regression_candidate=regression[0] if regression else None,
         regression_opponent=regression[1] if regression else None,
-        clusters=tuple(sorted({trace.cluster for trace in evidence.traces})),
-        newest_position=max(trace.position for trace in evidence.traces),
+        clusters=tuple(sorted({trace.cluster for trace in traces})),
+        newest_position=max(trace.position for trace in traces),
         **common,
     )
 

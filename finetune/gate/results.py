@@ -1,8 +1,9 @@
 """The gate's data: one answer judged, the pair of answers to one held-out trace, the regression set's scores.
 
 A label is *gold* when it was obtained independently of what was served: a known answer, a label of the random audit
-share, a correction of an audited trace. Corrections and thumbs that users chose to give depend on the answer that they
-saw, so they are reported apart; an unlabelled trace has nothing to be judged by and cannot be made into a pair.
+share, a correction of a trace of that share that an auditor has looked at. Corrections and thumbs that users chose to
+give depend on the answer that they saw, so they are reported apart; an unlabelled trace has nothing to be judged by and
+cannot be made into a pair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,15 +28,17 @@ class Label(StrEnum):
 GOLD = frozenset({Label.KNOWN_ANSWER, Label.AUDIT, Label.AUDITED_CORRECTION})
 
 
-def label_of(source: str, *, is_audit: bool) -> Label:
-    """`source` of a feedback (server/traces/feedback.py) and whether its trace is of the audit share."""
+def label_of(source: str, *, is_audit: bool, is_audited: bool = False) -> Label:
+    """`source` of a feedback (server/traces/feedback.py), whether its trace is of the audit share, and whether an
+    auditor has looked at it. Users correct what is wrong: their corrections of drawn traces that nobody else looked at
+    are a choice of the served version's faults, which any other version would seem to mend."""
     match source:
         case "known_answer":
             return Label.KNOWN_ANSWER
         case "audit_sample":  # a client may say so of any trace; ours is the draw
             return Label.AUDIT if is_audit else Label.CORRECTION
         case "user_correction":
-            return Label.AUDITED_CORRECTION if is_audit else Label.CORRECTION
+            return Label.AUDITED_CORRECTION if is_audit and is_audited else Label.CORRECTION
         case "thumbs":
             return Label.THUMBS
     raise ValueError(f"feedback has no source '{source}'")

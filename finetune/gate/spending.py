@@ -4,7 +4,8 @@ A decision's level is the budget times 6 / (pi^2 j^2), j - 1 being the number of
 not promote. The terms add up to the budget, and each is spent by a decision that did not promote at most once, so the
 chance of any false promotion ever is within the budget (the argument is in docs/loop.md); a promotion gives its level
 back. That needs each p-value to be valid whatever happened before: a decision therefore uses only clusters that are
-newer than the last one and whose questions no earlier decision has used. Candidates tuned on the answers or reports of
+newer than the last one and whose questions no earlier decision has used, as far as the log still has the traces that it
+used: nothing is kept of what was deleted to compare newer questions with. Candidates tuned on the answers or reports of
 earlier gates gain nothing by it.
 """
 

@@ -109,6 +109,7 @@ class RoundEngine:
                 logger.warning("%s begins anew: %s", round.ref, error)
                 round = self._anew(lease, round, str(error))
             except NothingToLearnError as error:
+                self._abandon(round, f"{round.ref} began anew and found nothing to learn: {error}")
                 round = self._over(lease, round, Over(Result.NOTHING_TO_LEARN, str(error)))
             except (StoppedError, LeaseLostError, ServerUnavailableError):
                 raise

@@ -8,6 +8,10 @@ class RoundError(FinetuneError):
     """The round cannot end well, and the message says why: it is over, and nothing was promoted."""
 
 
+class CanaryHeldError(RoundError):
+    """Another version is the adapter's canary, and nobody has decided about it yet."""
+
+
 class SnapshotChangedError(FinetuneError):
     """A trace of the round's snapshot was deleted: the round begins anew without it."""
 

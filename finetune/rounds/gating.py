@@ -48,7 +48,7 @@ def run_gate(
     models, history = (str(candidate), opponent), decided(earlier)  # this round's own earlier attempts among them
     with_tools = [row for row in snapshot.held_out() if row.kind != "chat"]
     labelled = [one for row in with_tools if (one := _labelled(row)) is not None]
-    fresh = history.fresh(labelled)[-max_traces:]  # of a stale trace no answer would count
+    fresh = _newest(history.fresh(labelled), max_traces)  # of a stale trace no answer would count
     scores = None
     if evidence_of(fresh, history).missing(settings):  # nothing is asked: the traces stay fresh
         pairs = [_pair(one, _UNANSWERED, _UNANSWERED, ()) for one in fresh]
@@ -130,6 +130,14 @@ class _Labelled:
         return self.row.request.get("tools") or ()
 
 
+def _newest(traces: Sequence[_Labelled], limit: int) -> list[_Labelled]:
+    """Gold first, which alone decides; in their order."""
+    gold = [one for one in traces if one.is_gold][-limit:]
+    others = [one for one in traces if not one.is_gold]
+    room = limit - len(gold)
+    return sorted([*gold, *others[max(len(others) - room, 0) :]], key=lambda one: one.position)
+
+
 _UNANSWERED = Judged(False, False, False, False)
 """Stands for nothing: only which pairs there are may be looked at."""
 
@@ -140,7 +148,12 @@ def _labelled(row: HeldOutRow) -> _Labelled | None:
         expected = expected_of(row)
     except (BadLabelError, RecursionError):  # as deep as a client likes
         return None
-    label = Label.KNOWN_ANSWER if row.source == "import" else label_of(row.source, is_audit=row.is_audit)
+    is_audited = any(given["source"] == "audit_sample" for given in row.feedback)
+    label = (
+        Label.KNOWN_ANSWER
+        if row.source == "import"
+        else label_of(row.source, is_audit=row.is_audit, is_audited=is_audited)
+    )
     return _Labelled(row, expected, label)
 
 
@@ -177,6 +190,8 @@ def expected_of(row: HeldOutRow) -> Expected:
         accepted = _accepted(given.get("comment"))
         if accepted is not None:
             return expected_from_bfcl(accepted)
+        if given.get("correction") is not None:
+            break  # a newer right answer than those whose accepted values come before it
     return expected_from_message(row.target)
 
 

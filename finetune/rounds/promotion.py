@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.gate.decision import Outcome
 from finetune.rounds.engine import Done, Over, Task
-from finetune.rounds.errors import RoundError
+from finetune.rounds.errors import CanaryHeldError, RoundError
 from finetune.rounds.gating import decision_of
 from finetune.rounds.round import Phase, Result, Round
 from finetune.serving.api import ServerApi
@@ -57,7 +57,11 @@ def carry_out(task: Task, api: ServerApi, *, canary_share: float) -> Over:
         case Outcome.REJECT:
             reject(api, ref, why)
             return Over(Result.REJECTED, "; ".join(decision.reasons))
-    agree(lambda: _begin_canary(task, api, ref, decision.opponent if decision.has_live else None, canary_share, why))
+    opponent = decision.opponent if decision.has_live else None
+    try:
+        agree(lambda: _begin_canary(task, api, ref, opponent, canary_share, why))
+    except CanaryHeldError as error:  # begun by somebody while the round was at work; what it proved is not thrown away
+        return Over(Result.FAILED, str(error))
     return Over(Result.CANARY, "; ".join(decision.reasons))
 
 
@@ -70,6 +74,8 @@ def abandon(api: ServerApi, round: Round, reason: str, *, keep: int | None = Non
     """Whatever the round brought in goes no further, but for the version `keep`."""
     if round.phase in (Phase.SNAPSHOT, Phase.TRAIN, Phase.EXPORT) and not round.num_restarts:
         return  # nothing can be there
+    if round.ref.adapter not in api.adapter_names():
+        return
     for one in api.adapter(round.ref.adapter)["versions"]:
         if one["origin"] == str(round.ref) and one["state"] == "candidate" and one["number"] != keep:
             reject(api, VersionRef(round.ref.adapter, one["number"]), reason)
@@ -104,7 +110,10 @@ def _begin_canary(task: Task, api: ServerApi, ref: VersionRef, opponent: str | N
             f"the gate compared {ref} with {opponent or 'the base'}, but {adapter['live'] or 'the base'} answers now"
         )
     if adapter["canary"] is not None:
-        raise RoundError(f"{adapter['canary']} is the canary already; {ref} stays a candidate")
+        raise CanaryHeldError(
+            f"{adapter['canary']} is the canary already; {ref} passed the gate and stays a candidate: "
+            f"sterna adapters canary {ref} begins it"
+        )
     api.start_canary(ref, share=share, reason=reason, expected_change=adapter["change"])
 
 

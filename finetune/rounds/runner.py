@@ -19,7 +19,7 @@ from finetune.config import FinetuneSettings
 from finetune.dataset.render import Renderer
 from finetune.dataset.snapshot import erase_deleted
 from finetune.rounds.engine import Observer, RoundEngine
-from finetune.rounds.errors import RoundError
+from finetune.rounds.errors import CanaryHeldError, RoundError
 from finetune.rounds.lease import Lease, held
 from finetune.rounds.promotion import abandon
 from finetune.rounds.round import Round
@@ -62,11 +62,16 @@ class Runner:
         """The unfinished round of the adapter to its end, or else a new one. `on_wait` hears who works on it already.
 
         `is_bug_final`: an error that nobody foresaw ends the round, so that it is not run into for ever.
-        Raises LeaseHeldError, StoppedError, LeaseLostError, ServerUnavailableError.
+        Raises CanaryHeldError, LeaseHeldError, StoppedError, LeaseLostError, ServerUnavailableError.
         """
         with held(self.database, adapter, is_waiting=is_waiting, on_wait=on_wait, sleep=self.sleep) as lease:
             round = self.store.unfinished(adapter)
             if round is None:
+                if (canary := self.undecided(adapter)) is not None:
+                    raise CanaryHeldError(
+                        f"{canary} is a canary and undecided: a round begins once it is live or rejected "
+                        f"(sterna adapters promote {canary}, or reject)"
+                    )
                 round = self.store.begin(
                     lease, cause=cause, base_digest=self.base_digest, settings=self.settings.of_round(), parent=parent
                 )
@@ -76,6 +81,7 @@ class Runner:
 
     def run_requested(self, adapter: str, *, cause: str) -> Sequence[Round]:
         """What is unfinished and then what was asked for, each to its end; nothing where somebody else has begun it.
+        While a canary is undecided the request waits.
 
         Raises as `run`, but never waits for another holder.
         """
@@ -84,12 +90,21 @@ class Runner:
             unfinished = self.store.unfinished(adapter)
             if unfinished is not None:
                 done.append(self._to_the_end(lease, unfinished, is_bug_final=True))
+            if self.undecided(adapter) is not None:
+                return done
             round = self.store.begin_requested(
                 lease, cause=cause, base_digest=self.base_digest, settings=self.settings.of_round()
             )
             if round is not None:
                 done.append(self._to_the_end(lease, round, is_bug_final=True))
         return done
+
+    def undecided(self, adapter: str) -> str | None:
+        """The adapter's canary. A round beside it would compare with what may not answer any more when it ends."""
+        if adapter not in self.api.adapter_names():
+            return None
+        canary: str | None = self.api.adapter(adapter)["canary"]
+        return canary
 
     def forget(self, adapter: str) -> None:
         """Erase what snapshots hold of traces that were deleted since."""

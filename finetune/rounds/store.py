@@ -48,8 +48,8 @@ class RoundStore:
             raise RoundNotFoundError(f"there is no round {ref}")
         return _round(row)
 
-    def list(self, adapter: str | None = None, *, limit: int = 1000) -> Sequence[Round]:
-        """Newest first; of one adapter: also what the gate has decided about it."""
+    def list(self, adapter: str | None = None, *, limit: int | None = 1000) -> Sequence[Round]:
+        """Newest first; of one adapter: also what the gate has decided about it. `limit`: None: all."""
         query = select(rounds).order_by(rounds.c.created_at.desc(), rounds.c.number.desc()).limit(limit)
         if adapter is not None:
             query = query.where(rounds.c.adapter == adapter)

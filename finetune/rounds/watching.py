@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, select, update
 
 from finetune.rounds.episodes import Arms, ended_episodes, newest_trace
 from finetune.rounds.gating import decision_of
@@ -105,7 +105,7 @@ class Watcher:
                 tuple(watch.evidence()),
             )
         )
-        self._act(ref, watch)
+        self._act(lease, ref, watch)
 
     def _arms(self, adapter: dict[str, Any], ref: VersionRef) -> Arms | None:
         """None: there is nothing to compare it with. The draws of canary and hold-back are independent."""
@@ -148,18 +148,22 @@ class Watcher:
             connection.execute(row.on_conflict_do_update(index_elements=["adapter", "version"], set_=values))
 
     def _end_others(self, lease: Lease, name: str, numbers: set[int]) -> None:
-        others = (watches.c.adapter == name) & ~watches.c.version.in_(numbers) & watches.c.is_over.is_(False)
+        self._end(lease, (watches.c.adapter == name) & ~watches.c.version.in_(numbers) & watches.c.is_over.is_(False))
+
+    def _end(self, lease: Lease, which: ColumnElement[bool]) -> None:
         with self._database.write(lock=LOCK) as connection:
             check_lease(connection, lease)
-            connection.execute(update(watches).where(others).values(is_over=True))
+            connection.execute(update(watches).where(which).values(is_over=True))
 
-    def _act(self, ref: VersionRef, watch: Watch) -> None:
-        """What the watch's phase says and the registry does not say yet."""
+    def _act(self, lease: Lease, ref: VersionRef, watch: Watch) -> None:
+        """What the watch's phase says and the registry does not say yet. Once taken back it is over: who brings the
+        version back before the next look has overruled this evidence."""
         match watch.phase:
             case Phase.LIVE:
                 agree(lambda: self._promote(ref, watch))
             case Phase.ENDED:
                 agree(lambda: self._take_back(ref, watch))
+                self._end(lease, (watches.c.adapter == ref.adapter) & (watches.c.version == ref.number))
 
     def _promote(self, ref: VersionRef, watch: Watch) -> None:
         adapter = self._api.adapter(ref.adapter)

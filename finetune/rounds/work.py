@@ -124,7 +124,7 @@ class Work:
     def gate(self, task: Task) -> Done:
         """Raises RefusedError, ServerDownError."""
         own = self._own(task.round)
-        earlier = RoundStore(self.database).list(task.round.ref.adapter)
+        earlier = RoundStore(self.database).list(task.round.ref.adapter, limit=None)
         return run_gate(
             task,
             self.api,
@@ -164,7 +164,8 @@ class Work:
         found = self.renderer.identity.base_digest
         if found != round.base_digest:
             raise RoundError(f"the base changed: {self.model} is {found} now, the round began with {round.base_digest}")
-        self.api.create_adapter(round.ref.adapter, str(round.ref))
+        if round.ref.adapter not in self.api.adapter_names():
+            return  # a name that has only traces is an adapter once something was learned from them
         adapter = self.api.adapter(round.ref.adapter)
         for version in adapter["versions"]:
             if version["version"] in (adapter["live"], adapter["canary"]) and version["base_digest"] != found:
@@ -175,7 +176,7 @@ class Work:
 
     def _earlier(self, round: Round) -> list[Snapshot]:
         """Those of earlier rounds whose content is still here, oldest first."""
-        rounds = RoundStore(self.database).list(round.ref.adapter)
+        rounds = RoundStore(self.database).list(round.ref.adapter, limit=None)
         found = []
         for one in sorted(rounds, key=lambda one: one.ref.number):
             if one.snapshot is not None and one.ref.number < round.ref.number:

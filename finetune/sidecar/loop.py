@@ -130,7 +130,7 @@ def _cause(runner: Runner, own: FinetuneSettings, adapter: str) -> str | None:
     """None: nothing is to be done."""
     if runner.store.unfinished(adapter) is not None:
         return "taken up"
-    if adapter in runner.api.adapter_names() and runner.api.adapter(adapter)["canary"] is not None:
+    if runner.undecided(adapter) is not None:
         return None
     every = None if own.every_hours is None else timedelta(hours=own.every_hours)
     found = due(

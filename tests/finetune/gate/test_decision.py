@@ -213,6 +213,13 @@ def test_what_a_decision_has_used_is_stale_for_the_next() -> None:
     assert len(evidence_of(mixed, history).traces) == len(fresh) - 1
 
 
+def test_what_was_looked_at_without_gold_is_stale_once_a_label_comes() -> None:
+    corrected = [replace(trace, label=Label.CORRECTION, cluster=f"corrected-{trace.cluster}") for trace in BETTER]
+    history = History().after(gate([*EQUAL, *corrected]))
+    labelled = [replace(trace, label=Label.KNOWN_ANSWER, position=1000 + trace.position) for trace in corrected]
+    assert history.fresh(labelled) == []
+
+
 def test_decisions_survive_json() -> None:
     for decision in (gate(BETTER), gate(with_losses(EQUAL, 0.1)), gate(BETTER[:10])):
         text = decision.to_json()

@@ -188,7 +188,8 @@ def test_corrections_are_gold_of_audited_traces_only() -> None:
     assert label_of("known_answer", is_audit=False) is Label.KNOWN_ANSWER
     assert label_of("audit_sample", is_audit=True) is Label.AUDIT
     assert label_of("audit_sample", is_audit=False) is Label.CORRECTION
-    assert label_of("user_correction", is_audit=True) is Label.AUDITED_CORRECTION
+    assert label_of("user_correction", is_audit=True, is_audited=True) is Label.AUDITED_CORRECTION
+    assert label_of("user_correction", is_audit=True) is Label.CORRECTION, "nobody looked at those found right"
     assert label_of("user_correction", is_audit=False) is Label.CORRECTION
     assert label_of("thumbs", is_audit=True) is Label.THUMBS
     with pytest.raises(ValueError, match="no source 'guess'"):

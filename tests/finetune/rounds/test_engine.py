@@ -216,6 +216,34 @@ def test_a_deletion_begins_it_anew(database: Database, lease: Lease, tmp_path: P
     assert done.facts["train"] == expected.facts["train"]
 
 
+def test_what_learned_from_a_deleted_trace_goes_even_if_nothing_is_left_to_learn(
+    database: Database, lease: Lease, tmp_path: Path
+) -> None:
+    gone, abandoned = [], list[str]()
+    work = stages()
+
+    def snapshot(task: Task) -> Done:
+        if task.round.num_restarts:
+            raise NothingToLearnError("tools", 0, 1, {"unlabelled": 3})
+        return work[Phase.SNAPSHOT](task)  # type: ignore[return-value]
+
+    def gate(task: Task) -> Done:
+        gone.append("trace-1")
+        return work[Phase.GATE](task)  # type: ignore[return-value]
+
+    made, _ = engine(
+        database,
+        tmp_path,
+        work | {Phase.SNAPSHOT: snapshot, Phase.GATE: gate},
+        deleted=lambda snapshot: [gone.pop()] if gone else [],
+        abandoned=abandoned,
+    )
+    done = made.run(lease, begin(database, lease))
+    assert (done.result, done.num_restarts) == (Result.NOTHING_TO_LEARN, 1)
+    assert len(abandoned) == 1
+    assert "nothing to learn" in abandoned[0]
+
+
 def test_a_round_whose_files_are_elsewhere_begins_anew(
     database: Database, lease: Lease, tmp_path: Path, expected: Round
 ) -> None:

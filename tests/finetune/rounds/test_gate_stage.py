@@ -4,18 +4,20 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
+from finetune.config import FinetuneSettings
 from finetune.gate.settings import GateSettings
 from finetune.rounds.asking import Answer, Answers
-from finetune.rounds.engine import Done, Over, Task
-from finetune.rounds.errors import RoundError
+from finetune.rounds.engine import Done, Over, RoundEngine, Task
+from finetune.rounds.errors import CanaryHeldError, RoundError
 from finetune.rounds.gating import decision_of, expected_of, run_gate
-from finetune.rounds.lease import Lease, take
+from finetune.rounds.lease import Lease, release, take
 from finetune.rounds.promotion import abandon, carry_out, take_in
 from finetune.rounds.round import Phase, Result, Round
+from finetune.rounds.runner import Runner
 from finetune.rounds.store import RoundStore
 from finetune.rounds.weights import pack
 from finetune.serving.errors import RefusedError, ServerDownError
@@ -243,6 +245,53 @@ def test_another_live_version_meanwhile_is_a_reason_to_stop(bench: Bench) -> Non
     assert bench.state() is State.CANDIDATE
 
 
+def test_what_passed_the_gate_is_not_thrown_away_for_a_canary_that_was_faster(bench: Bench) -> None:
+    bench.answers["tools@1"] = good
+    bench.take_in()
+    (bench.folder / "other").write_bytes(b"other")
+    bench.api.import_version(
+        "tools", bench.folder / "other", base_digest=BASE_DIGEST, origin="a human", reason="test", parent=None
+    )
+    bench.gate(questions())
+    bench.server.registry.start_canary(VersionRef("tools", 2), share=0.2, asked_by="a human", reason="test")
+    over = carry_out(bench.task(), bench.api, canary_share=0.2)
+    assert over.result is Result.FAILED
+    assert over.reason.startswith("tools@2 is the canary already; tools@1 passed the gate and stays a candidate")
+    assert bench.state() is State.CANDIDATE
+
+
+def test_no_round_begins_beside_an_undecided_canary(bench: Bench, database: Database) -> None:
+    bench.take_in()
+    bench.store.finish(bench.lease, bench.round, Result.CANARY, "test")
+    release(database, bench.lease)
+    bench.server.registry.start_canary(TOOLS_1, share=0.2, asked_by="test", reason="test")
+    engine, settings = cast("RoundEngine", None), FinetuneSettings.model_validate({})
+    runner = Runner(
+        database, bench.api, engine, bench.store, settings, BASE_DIGEST, bench.folder, bench.server.slept.append
+    )
+    with pytest.raises(CanaryHeldError, match="tools@1 is a canary and undecided"):
+        runner.run("tools", cause="test")
+    bench.store.request("tools", None)
+    assert runner.run_requested("tools", cause="test") == []
+    assert [one.adapter for one in bench.store.requests()] == ["tools"], "it waits"
+    assert runner.undecided("nobody") is None
+
+
+def test_the_newest_gold_is_asked_before_anything_else(bench: Bench) -> None:
+    """Of a log in which most labels are no gold, the newest thousand would never be enough evidence."""
+    bench.answers["tools@1"] = good
+    bench.take_in()
+    rows = questions()
+    others = [
+        held_out(1000 + number, expects_call=True, source="thumbs", target=row.target, request=row.request)
+        for number, row in enumerate(rows)
+    ]
+    bench.gate([*rows, *others], max_traces=len(rows) + 10)
+    decision = decision_of(bench.round)
+    assert (decision.num_traces, decision.num_other_traces) == (len(rows), 10)
+    assert decision.newest_position == max(row.seq for row in others)
+
+
 def test_the_same_weights_again(bench: Bench) -> None:
     bench.take_in()
     bench.gate(questions())
@@ -299,6 +348,9 @@ def test_accepted_values_may_be_told_in_a_comment() -> None:
     thumbs = known | {"source": "thumbs", "comment": '{"accepted": []}'}
     (expected,) = expected_of(replace(row, feedback=[known | {"comment": comment}, thumbs]))
     assert expected.arguments["a"].values == (1, 2), "a user's comment is no known answer"
+    newer = known | {"comment": None, "correction": row.target}
+    (expected,) = expected_of(replace(row, feedback=[known | {"comment": comment}, newer]))
+    assert expected.arguments["a"].values == (7,), "a newer right answer is what counts"
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def test_a_canary_that_does_none_goes_live_and_is_watched_on(bench: Bench) -> No
 
 def test_what_was_decided_before_a_kill_is_done_after_it(bench: Bench) -> None:
     bench.traffic(60, is_new_broken=True)
-    reject, bench.watcher._act = bench.watcher._act, lambda ref, watch: None  # type: ignore[method-assign]
+    reject, bench.watcher._act = bench.watcher._act, lambda lease, ref, watch: None  # type: ignore[method-assign]
     bench.look()
     assert bench.state() is State.CANARY, "killed between the decision and the act"
     bench.watcher._act = reject  # type: ignore[method-assign]
@@ -128,14 +128,17 @@ def test_what_was_decided_before_a_kill_is_done_after_it(bench: Bench) -> None:
     assert bench.state() is State.REJECTED
 
 
-def test_a_human_knows_better(bench: Bench) -> None:
-    """Taken back, then promoted by a named human: the old evidence does not take it back again."""
+@pytest.mark.parametrize("has_looked", [True, False])
+def test_a_human_knows_better(bench: Bench, has_looked: bool) -> None:
+    """Taken back, then promoted by a named human: the old evidence does not take it back again, and not before
+    anybody has looked either."""
     bench.registry.promote(NEW, hold_back_share=0.1, asked_by="a human", reason="now")
     assert bench.look().phase == "live"
     bench.traffic(300, share=0.9, is_new_broken=True)
     bench.look()
     assert bench.state() is State.RETIRED
-    bench.watcher.look(bench.lease, "tools")
+    if has_looked:
+        bench.watcher.look(bench.lease, "tools")
     bench.registry.rollback("tools", to=2, asked_by="a human", reason="we want it")
     bench.registry.set_share("tools", State.LIVE, 0.1, asked_by="a human", reason="compare")
     bench.look()

@@ -10,6 +10,7 @@ from finetune.config import FinetuneSettings
 from finetune.rounds.errors import LeaseHeldError, RoundError, StoppedError
 from finetune.rounds.lease import take
 from finetune.rounds.round import Result
+from finetune.rounds.runner import Runner
 from finetune.rounds.store import RoundStore
 from finetune.serving.api import ServerApi
 from finetune.sidecar import loop
@@ -31,6 +32,8 @@ class FakeRunner:
     ran: list[tuple[str, str, int | None]] = field(default_factory=list)
     forgot: list[str] = field(default_factory=list)
     fault: dict[str, Exception] = field(default_factory=dict)
+
+    undecided = Runner.undecided
 
     def forget(self, adapter: str) -> None:
         self.forgot.append(adapter)
