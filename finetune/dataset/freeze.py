@@ -72,11 +72,13 @@ def freeze(
     earlier: Sequence[Snapshot] = (),
     general: Iterable[ExampleRow] = (),
     until_seq: int | None = None,
+    until_feedback: int | None = None,
     not_before: datetime | None = None,
 ) -> Snapshot:
     """The snapshot of the log as it is now, in `root/<adapter>/`. `earlier`: of which examples are replayed.
 
-    `until_seq`: the newest trace that it may hold, so that a round that begins anew does so on the same traces.
+    `until_seq`: the newest trace that it may hold, and `until_feedback` the newest feedback: a round that is taken up
+    or begins anew does so on the same log.
     `not_before`: when the oldest came.
 
     Raises NothingToLearnError with the number of traces that each filter dropped.
@@ -86,12 +88,15 @@ def freeze(
     parts: dict[Part, _Part] = {part: _Part() for part in FILES}
     folder = root / selection.adapter
     with new_folder(folder) as partial, tempfile.TemporaryFile(dir=partial) as spool:
-        near, held_out = _held_out(database, candidates, until, parts["held_out"].dropped)
-        kept, reached = _train(database, candidates, near, until, spool, parts["train"].dropped)
+        near, held_out = _held_out(database, candidates, until, until_feedback, parts["held_out"].dropped)
+        kept, reached = _train(database, candidates, near, until, until_feedback, spool, parts["train"].dropped)
         if len(kept) < selection.min_examples:
             dropped = {str(reason): count for reason, count in sorted(parts["train"].dropped.items())}
             raise NothingToLearnError(selection.adapter, len(kept), selection.min_examples, dropped)
-        replayed = replay_rows(database, candidates, near, earlier, reached, parts["replay"].dropped)
+        dropped_replay = parts["replay"].dropped
+        replayed = replay_rows(
+            database, candidates, near, earlier, reached, dropped_replay, until_feedback=until_feedback
+        )
         parts["train"].write(partial / FILES["train"], _spooled(spool, kept))
         parts["replay"].write(partial / FILES["replay"], replayed)
         parts["general"].write(partial / FILES["general"], general)
@@ -107,14 +112,14 @@ def freeze(
 
 
 def _held_out(
-    database: Database, candidates: Candidates, until: int, dropped: Counter[Drop]
+    database: Database, candidates: Candidates, until: int, until_feedback: int | None, dropped: Counter[Drop]
 ) -> tuple[NearTexts, list[HeldOutRow]]:
     """The questions that nothing near to may be trained on (of every held-out trace: what has no label today may have
     one tomorrow), and the rows, oldest first."""
     selection = candidates.selection
     near, known = NearTexts(selection.near_threshold), set()
     rows: list[HeldOutRow] = []
-    scanned = read_traces(database, selection.adapter, "held_out", until_seq=until)
+    scanned = read_traces(database, selection.adapter, "held_out", until_seq=until, until_feedback=until_feedback)
     for num_scanned, trace in enumerate(scanned):
         if num_scanned == selection.max_scanned:
             total = count_traces(database, selection.adapter, "held_out", until_seq=until)
@@ -146,6 +151,7 @@ def _train(
     candidates: Candidates,
     near: NearTexts,
     until: int,
+    until_feedback: int | None,
     spool: IO[bytes],
     dropped: Counter[Drop],
 ) -> tuple[list[_Kept], int]:
@@ -158,7 +164,7 @@ def _train(
     seen: set[bytes] = set()
     kept: list[_Kept] = []
     reached, newest = 0, until + 1
-    scanned = read_traces(database, selection.adapter, "train", until_seq=until)
+    scanned = read_traces(database, selection.adapter, "train", until_seq=until, until_feedback=until_feedback)
     for num_scanned, trace in enumerate(scanned):
         if num_scanned == selection.max_scanned or len(kept) >= selection.max_examples:
             total = count_traces(database, selection.adapter, "train", until_seq=until)

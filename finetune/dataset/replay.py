@@ -32,6 +32,8 @@ def replay_rows(
     earlier: Sequence[Snapshot],
     reached: int,
     dropped: Counter[Drop],
+    *,
+    until_feedback: int | None = None,
 ) -> list[ExampleRow]:
     """At most `max_replay`, oldest first. `reached`: the oldest trace that the new snapshot has looked at itself."""
     most = candidates.selection.max_replay
@@ -47,7 +49,8 @@ def replay_rows(
         if len(chosen) == most:
             dropped[Drop.OVER_BUDGET] += len(names)
             continue
-        current = read_by_seq(database, sorted({known[name] for name in names} & existing))
+        seqs = sorted({known[name] for name in names} & existing)
+        current = read_by_seq(database, seqs, until_feedback=until_feedback)
         for name in names:
             found: list[ExampleRow] | Drop
             if len(chosen) == most:

@@ -69,25 +69,29 @@ def count_by_key(database: Database, adapter: str, side: Side, *, until_seq: int
         return {str(key): int(count) for key, count in rows}
 
 
-def read_traces(database: Database, adapter: str, side: Side, *, until_seq: int) -> Iterator[LoggedTrace]:
-    """Newest first. A trace that is deleted meanwhile is left out."""
+def read_traces(
+    database: Database, adapter: str, side: Side, *, until_seq: int, until_feedback: int | None = None
+) -> Iterator[LoggedTrace]:
+    """Newest first. A trace that is deleted meanwhile is left out; `until_feedback`: the newest that counts."""
     before = until_seq + 1
     while True:
         where = and_(*_of(adapter, side), traces.c.seq < before)
         with database.read() as connection:
-            found = _read(connection, where, newest_first=BATCH)
+            found = _read(connection, where, newest_first=BATCH, until_feedback=until_feedback)
         yield from found
         if len(found) < BATCH:
             return
         before = found[-1].seq
 
 
-def read_by_seq(database: Database, seqs: Sequence[int]) -> dict[int, LoggedTrace]:
+def read_by_seq(
+    database: Database, seqs: Sequence[int], *, until_feedback: int | None = None
+) -> dict[int, LoggedTrace]:
     """Those of the traces that are still there, whatever side they are on by now."""
     found: dict[int, LoggedTrace] = {}
     for start in range(0, len(seqs), BATCH):
         with database.read() as connection:
-            rows = _read(connection, traces.c.seq.in_(seqs[start : start + BATCH]))
+            rows = _read(connection, traces.c.seq.in_(seqs[start : start + BATCH]), until_feedback=until_feedback)
         found |= {row.seq: row for row in rows}
     return found
 
@@ -106,7 +110,13 @@ def _of(adapter: str, side: Side) -> list[ColumnElement[bool]]:
     return [traces.c.adapter == adapter, traces.c.purpose == "user", episodes.c.side == side]
 
 
-def _read(connection: Connection, where: ColumnElement[bool], newest_first: int | None = None) -> list[LoggedTrace]:
+def _read(
+    connection: Connection,
+    where: ColumnElement[bool],
+    *,
+    newest_first: int | None = None,
+    until_feedback: int | None = None,
+) -> list[LoggedTrace]:
     query = (
         select(traces, episodes.c.side, episodes.c.group_digest, trace_contents)
         .select_from(traces.join(episodes).join(trace_contents))
@@ -121,6 +131,8 @@ def _read(connection: Connection, where: ColumnElement[bool], newest_first: int 
         feedback.c.trace_seq.in_([row.seq for row in rows]),
         feedback.c.episode_seq.in_({row.episode_seq for row in rows}),
     )
+    if until_feedback is not None:
+        given = and_(given, feedback.c.seq <= until_feedback)
     of_trace: dict[int, list[Feedback]] = {}
     of_episode: dict[int, list[Feedback]] = {}
     for row in connection.execute(select(feedback).where(given).order_by(feedback.c.seq)):

@@ -85,6 +85,7 @@ class Work:
             self.snapshots,
             earlier=self._earlier(round),
             until_seq=round.last_seq,
+            until_feedback=round.facts["begin"]["last_feedback_seq"],
             general=self._general(task, own),
             not_before=None if self.max_age is None else utc_now() - self.max_age + min(LONG_ROUND, self.max_age / 2),
         )

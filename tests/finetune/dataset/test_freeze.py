@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import func, select
 
 from finetune.dataset.errors import NothingToLearnError, SnapshotError
 from finetune.dataset.freeze import freeze
@@ -20,7 +21,7 @@ from server.traces.feedback import Feedback, Target
 from server.traces.filters import TraceFilter
 from server.traces.lineage import Lineage
 from server.traces.record import Answer
-from server.traces.tables import traces
+from server.traces.tables import feedback, traces
 from server.traces.viewer import ADMIN
 from tests.finetune.dataset.log import TOOL, Log, question, weather
 from tests.server.openai.scripted import CHATML
@@ -398,6 +399,22 @@ def test_replay_forgets_the_deleted_the_corrected_and_the_held_out(
     second = replayed(log, renderer, tmp_path, first)
     assert [decoded(renderer, row).count("Other") for row in second.replay()] == [1]
     assert dropped(second, "replay") == {"deleted": 1, "near_held_out": 1}
+
+
+def test_labels_that_came_after_the_round_began_are_the_next_ones(log: Log, renderer: Renderer, tmp_path: Path) -> None:
+    """So that a round that was killed in its snapshot takes the same one when it is taken up."""
+    log.teach(1)
+    log.teach(2, side="held_out")
+    with log.database.read() as connection:
+        until = connection.scalar(select(func.max(feedback.c.seq)))
+    before = frozen(log, renderer, tmp_path / "before")
+    log.judge(log.ask(question(3)), score=1.0)  # newer traces are the caller's to leave out
+    log.judge(log.ask(question(4), side="held_out"), score=1.0)
+    selection = Selection(adapter="tools")
+    after = freeze(log.database, renderer, selection, tmp_path / "after", until_feedback=until)
+    assert [row.id for row in after.train()] == [row.id for row in before.train()]
+    assert [row.id for row in after.held_out()] == [row.id for row in before.held_out()]
+    assert len(list(frozen(log, renderer, tmp_path / "all").train())) == 2
 
 
 def test_what_the_log_forgets_soon_is_left_out(log: Log, renderer: Renderer, tmp_path: Path) -> None:
