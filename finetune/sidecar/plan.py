@@ -21,7 +21,7 @@ CONTEXTS = (1024, 4096, 32_768, LONGEST)
 def plan_body(model: Path, own: FinetuneSettings, budget_bytes: int | None) -> dict[str, Any]:
     """`budget_bytes`: of the device; None takes what is free here. Raises ModelFileError."""
     budget = available_memory_bytes() if budget_bytes is None else budget_bytes
-    spec, options = lora_spec(own), ModelOptions(upcast=own.upcast)
+    spec, options = lora_spec(own), ModelOptions(upcast=own.upcast, checkpointing=own.checkpointing)
     slots = ADAMW_SLOTS if own.optimizer == "adamw" else MUON_SLOTS
     common = {"optimizer_slots": slots, "process_bytes": peak_bytes()}
     with closing(open_model(model)) as file:

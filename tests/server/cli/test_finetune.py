@@ -170,6 +170,10 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     plain, checkpointed = body["longest"]
     assert [plain["checkpointing"], checkpointed["checkpointing"]] == [False, True]
     assert min(plain["num_tokens"], checkpointed["num_tokens"]) > 1024  # with two layers recomputing one saves nothing
+    assert run("plan", "--model", model, "--memory", "2GiB", "--checkpointing", "--json") == 0
+    recomputed = json.loads(capsys.readouterr().out)
+    assert recomputed["longest"] == body["longest"]
+    assert [row["activations"] for row in recomputed["plans"]] != [row["activations"] for row in body["plans"]]
     assert run("--plan", "--model", model) == 0
     output = capsys.readouterr().out
     assert output.startswith("TOKENS  WEIGHTS  ADAPTER")
