@@ -2,9 +2,9 @@
 
 Kernels: how many times faster each ISA's matrix products are than their scalar twins, and which share of the ISA's own
 int8 peak (a probe in the same run) they reach. Steps of the default model: which share of that peak the whole step
-reaches. Every bound is half of what was measured when it was set, or less, for CPUs whose peak is farther from their
-other abilities: noise stays far from it; a fast path that is lost, a kernel that spills its registers or a loop over
-rows that has become serial does not.
+reaches. A bound is at most five eighths of what was measured when it was set, less for CPUs whose peak is farther from
+their other abilities: noise stays far from it; a fast path that is lost, a kernel that spills its registers or a loop
+over rows that has become serial does not.
 
 Best of many short runs in turn, on the thread's own clock, so that what else the machine does slows all alike or drops
 out. What is below its bound is measured again, three times in all. Instruction counts would be steadier still, but
