@@ -52,7 +52,7 @@ bool ThreadTeam::claim(uint64_t ticket, int member) {
 }
 
 void ThreadTeam::run_job(int chunks, Function function, void* argument) {
-  assert(chunks < 0x10000);
+  assert(chunks <= kMaxClaims);
   function_.store(function, std::memory_order_relaxed);
   argument_.store(argument, std::memory_order_relaxed);
   unfinished_.store(chunks, std::memory_order_relaxed);

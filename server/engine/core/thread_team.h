@@ -5,6 +5,7 @@
 // the members spin for a bounded time, then sleep on a futex.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -22,16 +23,20 @@ class ThreadTeam {
 
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
-  // Calls f(chunk, member) for every chunk in [0, chunks), in any order, and returns when all are done.
+  // Calls f(chunk, member) for every chunk in [0, chunks) and returns when all are done. Members take chunks in
+  // ascending order and end what they took before they take more: so a chunk may wait for one with a smaller number.
   template <class F>
   void run(int chunks, F&& f) {
     if (chunks <= 1 || threads_.empty()) {
       for (int i = 0; i < chunks; ++i) f(i, 0);
       return;
     }
-    using Callable = std::remove_reference_t<F>;
-    run_job(chunks, [](void* p, int chunk, int member) { (*static_cast<Callable*>(p))(chunk, member); },
-            const_cast<void*>(static_cast<const void*>(&f)));
+    if (chunks <= kMaxClaims) return run_claims(chunks, f);
+    const int each = (chunks - 1) / kMaxClaims + 1;
+    run_claims((chunks - 1) / each + 1, [&](int claim, int member) {
+      const int begin = claim * each, count = std::min(each, chunks - begin);
+      for (int i = 0; i < count; ++i) f(begin + i, member);
+    });
   }
 
   // Returns when `left` is zero: work that others hold. A member that lost its core needs it back: yield after a while.
@@ -39,6 +44,13 @@ class ThreadTeam {
 
  private:
   using Function = void (*)(void*, int, int);
+  static constexpr int kMaxClaims = 0xffff;  // what the ticket has bits for
+  template <class F>
+  void run_claims(int chunks, F&& f) {
+    using Callable = std::remove_reference_t<F>;
+    run_job(chunks, [](void* p, int chunk, int member) { (*static_cast<Callable*>(p))(chunk, member); },
+            const_cast<void*>(static_cast<const void*>(&f)));
+  }
   void run_job(int chunks, Function function, void* argument);
   void work(int member);
   bool claim(uint64_t ticket, int member);

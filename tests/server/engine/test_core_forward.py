@@ -148,6 +148,19 @@ def test_threads_that_share_long_contexts_give_the_same_bits(shape: Shape, isa: 
             assert np.array_equal(other, whole[10:11])
 
 
+def test_more_chunks_of_work_than_a_ticket_counts() -> None:
+    """1,024 sequences with 64 KV heads are 65,536 tasks of attention, one more than the team's 16 bits hold."""
+    twin = Twin(Shape(layers=1, heads=64, kv_heads=64, head_dim=2, rope_dim=2))
+    ids = np.arange(1024, dtype=np.int32) % twin.shape.vocab
+    limits = {"max_num_seqs": 1024, "max_batch_tokens": 1024, "max_logit_rows": 1024}
+    alone, team = (
+        run(twin.core(threads=threads, num_blocks=1024, **limits), [(ids[i : i + 1], 0, [i], -1) for i in range(1024)])
+        for threads in (1, 2)
+    )
+    np.testing.assert_array_equal(team, alone)
+    np.testing.assert_array_equal(team[0], team[twin.shape.vocab])
+
+
 def test_a_whole_context_of_masked_garbage_does_not_leak() -> None:
     """A recycled block holds another sequence's keys past the current position: they must not matter."""
     twin = Twin(Shape())
