@@ -18,9 +18,9 @@ from server.engine.stats import Counters
 from server.engine.step import StepPlan, StepResult, token_logprobs
 
 MAX_MIXED_PREFILL_TOKENS = 64
-"""Prompt tokens in a step that also decodes. 64 rows take a few times as long as a decode step of a few rows (weights
-are read once either way), which bounds the gap between two tokens of a running answer; without decodes the whole
-budget is used."""
+"""Prompt tokens in a step that also decodes, and drafts where several sequences do. 64 rows take a few times as long as
+a decode step of a few rows (weights are read once either way), which bounds the gap between two tokens of a running
+answer; without decodes the whole budget is used."""
 
 
 Outputs = list[tuple[Sequence, EngineOutput]]
@@ -101,25 +101,35 @@ class Scheduler:
         return decodes
 
     def _plan_decodes(self, plan: StepPlan, decodes: list[Sequence]) -> tuple[int, int]:
-        """First those with their one token, then those with a draft; what is left of both budgets."""
+        """First those with their one token, then those with a draft; what is left of both budgets.
+
+        Forced tokens always seem to pay, but every other sequence waits for them as for a prompt's chunk: so both share
+        one allowance, of which drafts get half while prompts may want theirs.
+        """
         budget, rows = self._max_tokens - len(decodes), self._max_logit_rows - len(decodes)
+        kept = 0
+        if len(decodes) > 1:
+            budget = min(budget, self._max_mixed_prefill_tokens)
+            kept = (budget + 1) // 2 if self.waiting or len(decodes) < len(self.running) else 0
+        num_drafted = 0
         drafted: list[Sequence] = []
         pays = False
         if self._drafter is not None:
             self._drafter.begin_step(len(decodes))
             pays = self._drafter.pays
         for seq in decodes:
-            num_tokens, num_rows = self._draft(seq, budget, rows) if pays or seq.grammar is not None else (0, 0)
+            room = budget - kept - num_drafted
+            num_tokens, num_rows = self._draft(seq, room, rows) if pays or seq.grammar is not None else (0, 0)
             if num_tokens:
                 drafted.append(seq)
-                budget, rows = budget - num_tokens, rows - num_rows
+                num_drafted, rows = num_drafted + num_tokens, rows - num_rows
             else:
                 plan.add(seq, 1, 0)
         plan.num_decodes = len(plan.sequences)
-        plan.num_decode_rows = self._max_tokens - budget
+        plan.num_decode_rows = len(decodes) + num_drafted
         for seq in drafted:
             plan.add(seq, 1, 0)
-        return budget, rows
+        return budget - num_drafted, rows
 
     def _draft(self, seq: Sequence, budget: int, rows: int) -> tuple[int, int]:
         """Give `seq` a draft, and the blocks for it; returns its tokens, and its logit rows but the one there was."""

@@ -155,6 +155,38 @@ def test_forced_tokens_go_in_with_the_prompt_and_get_no_logits():
     assert driver.counters.forced_tokens == 10
 
 
+def test_long_forced_texts_do_not_hold_up_the_other_answers():
+    """Beside other sequences a step has room for as many forced tokens as for a prompt's; alone for all that fit."""
+
+    def run_two(max_draft_tokens: int, *, late_prompt: bool) -> tuple[Driver, list[list[int]]]:
+        core = FakeCore(context=1, max_batch_tokens=512, num_blocks=400)
+        driver = Driver(core, max_draft_tokens=max_draft_tokens, max_mixed_prefill_tokens=64)
+        first = driver.add([1, 2, 3], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
+        driver.step()
+        forced = tuple(i % 50 for i in range(700))
+        params = SamplingParams(max_tokens=900, temperature=0.0)
+        sequences = [first, driver.add([4, 5], params, ends=frozenset({60}), grammar=Phrases([forced], 1))]
+        for _ in range(2):
+            driver.step()
+        if late_prompt:
+            sequences.append(driver.add([9] * 200, SamplingParams(max_tokens=3, temperature=0.0)))
+        driver.run()
+        return driver, [driver.tokens(seq) for seq in sequences]
+
+    for late_prompt in (False, True):
+        driver, tokens = run_two(4, late_prompt=late_prompt)
+        shared = [step for step in driver.core.steps if len(step.num_tokens) > 1]
+        assert len(shared) > 4
+        assert max(sum(step.num_tokens) - len(step.num_tokens) for step in shared) <= 64
+        if late_prompt:  # its chunks have half of it at least
+            assert len([step for step in shared if len(step.num_tokens) == 3 and max(step.num_tokens) >= 32]) >= 6
+        assert tokens == run_two(0, late_prompt=late_prompt)[1]
+    alone = Driver(FakeCore(context=1, max_batch_tokens=512, num_blocks=400), max_draft_tokens=4)
+    alone.add([4, 5], SamplingParams(max_tokens=900), ends=frozenset({60}), grammar=Phrases([tuple(range(50)) * 14], 1))
+    alone.run()
+    assert len(alone.core.steps) == 2
+
+
 def test_forced_tokens_have_log_probabilities_when_asked_for():
     def result(max_draft_tokens: int) -> EngineOutput:
         driver = Driver(max_draft_tokens=max_draft_tokens)
