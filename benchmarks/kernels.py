@@ -1,12 +1,12 @@
 """Each matrix kernel alone: GOPS, GB/s of weights, and shares of this machine's limits, by ISA, shape, rows and
 threads.
 
-An operation is half a multiply-add. Weights are random, in a model's own type and shape; activations are quantized
-once, outside the timing. 1 row is a decode step's GEMV, 8 and 32 rows are batches, 128 rows are what the engine hands a
-kernel at a time in prefill (their activations stay in L2). With several threads each has its own part of the outputs,
-as in the engine, but there are no barriers: those are in benchmarks/profile_step.py, and so is attention. Limits are
-measured in the same run (benchmarks/limits.py): int8 products of this ISA, and reads from where these weights fit: L2,
-L3 or memory.
+An operation is half a multiply-add. Weights are random, in a model's own type and shape, an adapter's in the one that
+the core packs it in (server/engine/core/lora.cpp); activations are quantized once, outside the timing. 1 row is a
+decode step's GEMV, 8 and 32 rows are batches, 128 rows are what the engine hands a kernel at a time in prefill (their
+activations stay in L2). With several threads each has its own part of the outputs, as in the engine, but there are no
+barriers: those are in benchmarks/profile_step.py, and so is attention. Limits are measured in the same run
+(benchmarks/limits.py): int8 products of this ISA, and reads from where these weights fit: L2, L3 or memory.
 
 usage: python -m benchmarks.kernels [--isas avx512 ...] [--threads 1 2] [--quick] [--json] [--markdown FILE]
 """
@@ -51,7 +51,7 @@ SHAPES = (
     Shape("2b", "qkv", GGMLType.TQ2_0, 3840, 2560),
     Shape("2b", "gate", GGMLType.TQ2_0, 6912, 2560),
     Shape("2b", "down", GGMLType.TQ2_0, 2560, 6912),
-    Shape("LoRA rank 16", "A of gate", GGMLType.F32, 16, 2560),
+    Shape("LoRA rank 16", "A of gate", GGMLType.Q8_0, 16, 2560),
 )
 QUICK_SHAPES = tuple(shape for shape in SHAPES if (shape.model, shape.name) in {("2b", "gate"), ("nano", "down")})
 
@@ -77,8 +77,6 @@ def random_matrix(type_: GGMLType, out: int, cols: int) -> "_sterna.Matrix":
     """Every code occurs, scales are equal; speed does not depend on them."""
     rng = np.random.default_rng(0)
     elements, size = BLOCK[type_]
-    if type_ == GGMLType.F32:
-        return _sterna.Matrix(int(type_), rng.standard_normal(out * cols, np.float32).view(np.uint8), out, cols)
     blocks = rng.integers(0, 256, (out * cols // elements, size), np.uint8)
     scale = np.array([0.01], np.float16).view(np.uint8)
     if type_ == GGMLType.TQ2_0:
@@ -159,8 +157,7 @@ def table(results: list[Result]) -> str:
     counts = [f"{rows} row{'s' * (rows > 1)}" for rows in ROWS]
     rows = [["GOPS (of int8 peak)", "kernel", *counts, "weights read at 1 row", "target"]]
     for r in results:
-        # Float products have another limit, and the scalar probe is no peak: compilers vectorize it as they like.
-        has_peak = r.shape.type != GGMLType.F32 and r.isa != "scalar"
+        has_peak = r.isa != "scalar"  # its probe is no peak: compilers vectorize it as they like
         cells = [f"{r.gops[n]:,.0f}" + (f" ({r.of_dot[n]:.0%})" if has_peak else "") for n in ROWS]
         reads = f"{r.gb_s:.1f} GB/s" + (f", {r.of_read:.0%} of {r.level}" if r.level else "")
         name = f"{r.shape.model} {r.shape.name}, {r.shape.type.name} {r.shape.out}x{r.shape.cols}"
