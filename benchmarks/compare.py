@@ -1,11 +1,11 @@
 """Sterna beside llama.cpp, ik_llama.cpp and vLLM's CPU build: same machine, models, threads and run, engines in turn.
 
 Tokens per second of prefill (512 and 4,096 tokens) and greedy decode (batch 1, 8, 32, and one sequence after 4,096
-tokens) on the default model and on random ternary ones; every figure is the median of `--rounds`, every ratio the
-median of the rounds' ratios, because machines are shared and absolute figures move. Prompts are random and distinct; no
-prefix cache, no speculation; int16 KV. Beside each ratio stands what it must reach. Also: both engines with AVX2 alone,
-what eight LoRA versions in a batch of 32 cost, shares of this machine's limits as measured in the run, streams over
-HTTP.
+tokens) on the default model and on random ternary ones. A figure is the median of `--rounds`, a ratio that of the
+rounds' ratios. A round takes the median of three runs; a single run on `2b`, of 4,096 tokens and of ik_llama.cpp's
+tool; and over HTTP the best of three loads. Prompts are random and distinct; no prefix cache, no speculation; int16 KV.
+Beside ratios stands what they must reach. Also: both engines with AVX2 alone, eight LoRA versions in a batch of 32,
+shares of this machine's limits in the run.
 
 Peers: `llama`, `llama-avx2`, `vllm` are installed on first use into the cache (each about ten minutes; `--peers`);
 ik_llama.cpp is in no registry: `--ik-llama-bench` names a build. Without one, ratios to it are estimated from another
