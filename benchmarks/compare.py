@@ -153,12 +153,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    vllm = {}
+    if "vllm" in args.peers:
+        vllm["vLLM"] = http_streams.vllm_version(args.vllm_python or install("vllm", args.cache))
     done = run_rounds(args)
     figures = {
         "threads": args.threads,
         "quick": args.quick,
         "busy": args.busy,
-        "versions": {engine: done.rounds[0][args.models[0], engine]["engine"] for engine in done.engines()},
+        "versions": {engine: done.rounds[0][args.models[0], engine]["engine"] for engine in done.engines()} | vllm,
         "limits": [asdict(one) for one in done.limits],
         **comparison.figures(done),
     }

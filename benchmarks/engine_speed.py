@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -94,7 +95,7 @@ def _with_loras(core: Core, config: ModelConfig, timer: EngineTimer, cases: Case
 def main() -> None:
     path, threads, cases = Path(sys.argv[1]), int(sys.argv[2]), Cases(**json.loads(sys.argv[3]))
     isa = sys.argv[4] if len(sys.argv) > 4 else "auto"
-    print(json.dumps({"engine": "sterna", **measure(path, threads, cases, isa)}))
+    print(json.dumps({"engine": f"sterna {version('sterna')}", **measure(path, threads, cases, isa)}))
 
 
 if __name__ == "__main__":

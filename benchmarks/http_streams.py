@@ -82,6 +82,15 @@ class VllmServer:
             self._process.wait()
 
 
+def vllm_version(python: Path) -> str:
+    """Name and version of the distribution that `import vllm` finds there: vllm, or one that repackages it."""
+    ask = (
+        "from importlib.metadata import packages_distributions, version\n"
+        "print(*(f'{name} {version(name)}' for name in sorted(set(packages_distributions()['vllm']))))"
+    )
+    return subprocess.run([python, "-c", ask], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 def hugging_face_directory(python: Path, file: Path, cache: Path) -> Path:
     """The model as vLLM loads it, converted by transformers in vLLM's own environment; once."""
     out = cache / f"{file.stem}-bf16"

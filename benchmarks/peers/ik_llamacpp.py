@@ -8,6 +8,7 @@ Its figures of one run on one machine, as ratios to llama.cpp in that run, stand
 is an estimate and marked so.
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,13 +50,26 @@ def converted(path: Path, model: str, file: Path, cache: Path) -> Path:
 def measure(path: Path, file: Path, threads: int, cases: Cases) -> dict[str, float | str]:
     """The keys of the other engines' scripts."""
     program = tool(path, "llama-batched-bench")
-    result: dict[str, float | str] = {"engine": f"ik_llama.cpp ({program.parent})"}
+    result: dict[str, float | str] = {"engine": f"ik_llama.cpp {build_of(program)} ({program.parent})"}
     result |= {"prefill": _run(program, file, threads, cases.prefill, 1, 1)[1]["S_PP t/s"]}
     long = _run(program, file, threads, cases.long_prefill, cases.long_steps, 1)[1]
     result |= {"long_prefill": long["S_PP t/s"], "long_decode": long["S_TG t/s"]}
     for batch, row in _run(program, file, threads, 6, cases.steps, *BATCHES).items():
         result[f"decode_b{batch}"] = row["S_TG t/s"]
     return result
+
+
+def build_of(program: Path) -> str:
+    said = subprocess.run(
+        [program, "--version"], check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return read_build(said.stdout)
+
+
+def read_build(text: str) -> str:
+    """Number and commit, as "3870 (1f2a3b4c)", where the programs print them."""
+    found = re.search(r"\b(?:version|build)\s*[:=]\s*(\d+ \(\w+\))", text)
+    return found[1] if found else "of unknown build"
 
 
 def _run(

