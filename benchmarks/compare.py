@@ -5,7 +5,7 @@ tokens) on the default model and on random ternary ones. A figure is the median 
 rounds' ratios. A round takes the median of three runs; a single run on `2b`, of 4,096 tokens and of ik_llama.cpp's
 tool; and over HTTP the best of three loads. Prompts are random and distinct; no prefix cache, no speculation; int16 KV.
 Beside ratios stands what they must reach. Also: both engines with AVX2 alone, eight LoRA versions in a batch of 32,
-shares of this machine's limits in the run.
+shares of this machine's limits in the run. Logits that are not the scalar kernels' end it (benchmarks/scalar_twin.py).
 
 Peers: `llama`, `llama-avx2`, `vllm` are installed on first use into the cache (each about ten minutes; `--peers`);
 ik_llama.cpp is in no registry: `--ik-llama-bench` names a build. Without one, ratios to it are estimated from another
@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from benchmarks import comparison, http_streams, limits, models, report
+from benchmarks import comparison, http_streams, limits, models, report, scalar_twin
 from benchmarks.cases import Cases
 from benchmarks.comparison import Comparison
 from benchmarks.peers import ik_llamacpp
@@ -109,6 +109,15 @@ def run_rounds(args: argparse.Namespace) -> Comparison:
     return Comparison(rounds, works, measured, streams, cases_of("", args.quick, args.busy))
 
 
+def checked_logits(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """How far the ternary models' logits are from the scalar kernels', by model and ISA. Exits where it is too much."""
+    isas = [args.isa, *(["avx2"] if "llama-avx2" in args.peers else [])]
+    errors = {m: scalar_twin.errors(m, isas, args.threads) for m in args.models if m in scalar_twin.TOKENS}
+    print(f"logits beside the scalar kernels': {json.dumps(errors)}", file=sys.stderr)
+    scalar_twin.refuse_wrong(errors)
+    return errors
+
+
 def vllm_of(args: argparse.Namespace, paths: dict[str, Path]) -> Callable[[int], dict[int, tuple[float, float]]] | None:
     """A round over HTTP, by its number; None when vLLM was not asked for."""
     if "vllm" not in args.peers:
@@ -153,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    errors = checked_logits(args)
     vllm = {}
     if "vllm" in args.peers:
         vllm["vLLM"] = http_streams.vllm_version(args.vllm_python or install("vllm", args.cache))
@@ -162,6 +172,7 @@ def main() -> None:
         "quick": args.quick,
         "busy": args.busy,
         "versions": {engine: done.rounds[0][args.models[0], engine]["engine"] for engine in done.engines()} | vllm,
+        "logits_beside_scalar": {m: {i: round(e, 5) for i, e in by.items()} for m, by in errors.items()},
         "limits": [asdict(one) for one in done.limits],
         **comparison.figures(done),
     }

