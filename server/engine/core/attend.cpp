@@ -20,13 +20,36 @@ constexpr int kSharedContexts = 8;
 
 }  // namespace
 
+Core::KvEntry Core::kv_entry(const Batch& b, int index, int row) const {
+  const int position = row_position_[static_cast<size_t>(row)], seq = row_seq_[static_cast<size_t>(row)];
+  const int64_t at = b.block_tables[static_cast<int64_t>(seq) * b.max_blocks + position / kKvBlock] * kv_block_stride_;
+  const size_t layer = static_cast<size_t>(index);
+  return {k_cache_[layer] + at, v_cache_[layer] + at, position % kKvBlock};
+}
+
+// A key goes to as many cache lines as it has pairs of dimensions, and stores that miss go one by one: asked for here,
+// they come while the queries are rotated.
+void Core::fetch_entry(const KvEntry& entry) const {
+  constexpr int kLine = 32;  // elements
+  const int64_t elements = kv_block_elements(padded_dim_);
+  for (int64_t head = 0; head < kv_block_stride_; head += elements) {
+    for (int64_t at = 0; at < elements; at += kLine) __builtin_prefetch(entry.k + head + at, 0, 2);
+    const int16_t* const pair = entry.v + head + entry.slot / 2 * 2 * padded_dim_;
+    for (int at = 0; at < 2 * padded_dim_; at += kLine) __builtin_prefetch(pair + at, 0, 2);
+    __builtin_prefetch(entry.v + head + padded_dim_ * kKvBlock, 0, 2);
+  }
+}
+
 void Core::rotate_and_store(const Batch& b, int index) {
   const ModelShape& s = model_->shape();
   const Layer& layer = model_->layers()[static_cast<size_t>(index)];
   const Kernels& k = model_->kernels();
   const int64_t kv = (qkv_stride_ - q_stride_) / 2;
-  for_rows(b.rows, qkv_stride_ * 4, [&](int begin, int end) {
+  const int grain = std::clamp(b.rows / (2 * model_->team().size()), kRowsAChunk, kKvBlock);
+  for_rows(b.rows, qkv_stride_ * 4, grain, [&](int begin, int end) {
     for (int r = begin; r < end; ++r) {
+      const KvEntry entry = kv_entry(b, index, r);
+      if (r == begin || kv_entry(b, index, r - 1).k != entry.k) fetch_entry(entry);
       float* q = qkv_ + r * qkv_stride_;
       float *keys = q + q_stride_, *values = keys + kv;
       if (layer.bias[kQ]) k.add_bias(q, layer.bias[kQ], s.num_heads * s.head_dim);
@@ -40,16 +63,16 @@ void Core::rotate_and_store(const Batch& b, int index) {
         k.rope(head, angles, s.rope_dim);
         std::memcpy(to, head, static_cast<size_t>(s.head_dim) * sizeof(float));  // the padding stays zero
       }
-      const int position = row_position_[static_cast<size_t>(r)];
-      const int32_t* table = b.block_tables + static_cast<int64_t>(row_seq_[static_cast<size_t>(r)]) * b.max_blocks;
-      const int64_t block = table[position / kKvBlock] * kv_block_stride_;
-      for (int h = 0; h < s.num_kv_heads; ++h) {
-        float* head = keys + h * s.head_dim;
+    }
+    // Head by head: the tokens of a prompt share the lines of a block, 4 KiB a head.
+    for (int h = 0; h < s.num_kv_heads; ++h) {
+      for (int r = begin; r < end; ++r) {
+        const KvEntry entry = kv_entry(b, index, r);
+        float* head = qkv_ + r * qkv_stride_ + q_stride_ + h * s.head_dim;
         if (layer.k_norm) k.rms_norm(head, layer.k_norm, s.head_dim, s.rms_norm_eps, head);
-        k.rope(head, angles, s.rope_dim);
-        const int64_t at = block + h * kv_block_elements(padded_dim_);
-        k.store_kv(head, values + h * s.head_dim, s.head_dim, padded_dim_, position % kKvBlock,
-                   k_cache_[static_cast<size_t>(index)] + at, v_cache_[static_cast<size_t>(index)] + at);
+        k.rope(head, cos_sin_ + static_cast<int64_t>(r) * s.rope_dim, s.rope_dim);
+        const int64_t at = h * kv_block_elements(padded_dim_);
+        k.store_kv(head, head + kv, s.head_dim, padded_dim_, entry.slot, entry.k + at, entry.v + at);
       }
     }
   });

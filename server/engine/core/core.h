@@ -19,6 +19,7 @@ namespace sterna {
 
 // Work below this many multiply-adds stays on the calling thread: waking the others costs about as much.
 constexpr int64_t kInlineWork = 20000;
+constexpr int kRowsAChunk = 4;
 constexpr int kLowBlocks = (kMaxLoraRank + kBlock - 1) / kBlock;
 constexpr int kMaxTargets = 3;   // projections that share an input: q, k and v
 constexpr int64_t kMixWork = 6;  // of mixing two residual streams, in multiply-adds a value
@@ -73,6 +74,7 @@ class Core {
   // Query tokens [begin, end) of a sequence and, where its keys are shared among threads, spans of keys and a place for
   // what they bring; else parts is null.
   struct AttentionTask { int seq, begin, end, span_begin, span_end; float* parts; };
+  struct KvEntry { int16_t *k, *v; int slot; };  // the block of a row's token, its first head, and the token's place
   struct Target { const PackedMatrix* w; int projection; float* out; };
   struct LowRank {  // what the batch's adapters add to the targets of one input
     int layer;
@@ -116,11 +118,15 @@ class Core {
   void fetch_next(const LowRank& l, int64_t part, int64_t parts) const;
   void add_low_rank_float32(const LowRank& l, const float* x, int64_t x_stride, int64_t out_stride);
   void rotate_and_store(const Batch& batch, int index);
+  KvEntry kv_entry(const Batch& batch, int index, int row) const;
+  void fetch_entry(const KvEntry& entry) const;
   void reserve_attention();
   void plan_attention(const Batch& batch);
   AttentionArgs attention_args(const Batch& batch, int seq, int index) const;
   void attend(const Batch& batch, int index);
   void compute_logits(const Batch& batch);
+  template <class F>
+  void for_rows(int rows, int64_t work_a_row, int grain, F&& f);
   template <class F>
   void for_rows(int rows, int64_t work_a_row, F&& f);
 
@@ -154,16 +160,21 @@ class Core {
   std::vector<SampleScratch> scratch_;
 };
 
+// f(begin, end) for chunks of `grain` rows. Two threads may share a group of eight: four rows of an activation block are
+// three whole cache lines.
 template <class F>
-void Core::for_rows(int rows, int64_t work_a_row, F&& f) {
-  // Chunks of whole activation groups, so that two threads never write the same group.
-  const int grain = std::max(group_, 1);
-  const int chunks = (rows + grain - 1) / grain;
+void Core::for_rows(int rows, int64_t work_a_row, int grain, F&& f) {
   if (rows * work_a_row < kInlineWork) {
     f(0, rows);
     return;
   }
+  const int chunks = (rows + grain - 1) / grain;
   model_->team().run(chunks, [&](int chunk, int) { f(chunk * grain, std::min(rows, (chunk + 1) * grain)); });
+}
+
+template <class F>
+void Core::for_rows(int rows, int64_t work_a_row, F&& f) {
+  for_rows(rows, work_a_row, std::min(group_, kRowsAChunk), f);
 }
 
 }  // namespace sterna
