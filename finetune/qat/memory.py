@@ -19,8 +19,10 @@ from finetune.qat.shape import VOCABULARY_TENSORS, Shape, is_ternary
 KERNEL_BYTES = 280_000_000
 """Code that oneDNN compiles for the sizes of products and tiles that a run meets, and what else its first steps bring.
 Two thirds come in the first 20 steps, all of it in some 150: measured as the peak less all other parts."""
-HOLES = 0.5
-"""Of the activations: micro-batches differ in their sizes, and freed memory is not always where the next one fits."""
+HOLES_SOON, HOLES_LATE = 0.5, 1.5
+"""Of the activations, in the first steps and after `STEPS_TO_LATE`: micro-batches differ in their sizes, and freed
+memory is not always where the next one fits. Fitted to the test's runs and to the shipped model's two."""
+STEPS_TO_LATE = 250
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,16 @@ class MemoryPlan:
 
 
 def plan_memory(
-    shape: Shape, dtype: torch.dtype, num_tokens: int, *, is_muon: bool, process_bytes: int = 0, num_loss_rows: int = 0
+    shape: Shape,
+    dtype: torch.dtype,
+    num_tokens: int,
+    *,
+    is_muon: bool,
+    num_steps: int = 0,
+    process_bytes: int = 0,
+    num_loss_rows: int = 0,
 ) -> MemoryPlan:
-    """Of micro-batches of `num_tokens` rows, `num_loss_rows` of which carry loss (0: all)."""
+    """Of `num_steps` steps, of micro-batches of `num_tokens` rows, `num_loss_rows` of which carry loss (0: all)."""
     wide, narrow = wide_dtype(dtype).itemsize, dtype.itemsize
     shapes = {name: one[0] * (one[1] if len(one) > 1 else 1) for name, one in shape.parameter_shapes().items()}
     total = sum(shapes.values())
@@ -65,13 +74,14 @@ def plan_memory(
     gradients = (total + vocabulary) * wide
     passing = max(head, stepping, _passing_bytes(shape, dtype, num_tokens))
     activations = shape.num_layers * _kept_bytes(shape, dtype) * num_tokens
+    holes = HOLES_SOON + (HOLES_LATE - HOLES_SOON) * min(1.0, num_steps / STEPS_TO_LATE)
     return MemoryPlan(
         weights=total * wide + values,
         gradients=gradients,
         optimizer=slots,
         activations=activations,
         passing=passing,
-        heap=passing + int(HOLES * activations) + KERNEL_BYTES,
+        heap=passing + int(holes * activations) + KERNEL_BYTES,
         process=process_bytes,
     )
 

@@ -4,6 +4,8 @@ Whatever is there already is gone on from: a second call of a finished run only 
 command line (server/commands/train.py), the loop (finetune/train), one stretch of training (phase.py).
 """
 
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -208,10 +210,12 @@ def _plan(model: QatModel, lessons: Lessons, settings: QatSettings) -> MemoryPla
     most = max(settings.micro_batch_tokens, *(len(one.token_ids) for one in lessons.examples))
     torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # imports torch._dynamo: 70 MB
     epoch = settings.model_copy(update={"epochs": 1.0})
-    phase_steps(Phase(Path(), lessons.examples, ()), epoch)  # its micro-batches: 100 MB of 80,000 examples
+    steps = phase_steps(Phase(Path(), lessons.examples, ()), epoch)  # its micro-batches: 100 MB of 80,000 examples
+    num_steps = min(math.ceil(steps.num_steps * settings.epochs), settings.max_steps or sys.maxsize)
     # What is there by now holds the shadows, which the plan counts itself.
     process = max(peak_bytes() - 4 * model.shape.num_parameters, 0)
-    return plan_memory(model.shape, model.dtype, most, is_muon=settings.optimizer == "muon", process_bytes=process)
+    is_muon = settings.optimizer == "muon"
+    return plan_memory(model.shape, model.dtype, most, is_muon=is_muon, num_steps=num_steps, process_bytes=process)
 
 
 def _opening(model: QatModel, lessons: Lessons, plan: MemoryPlan) -> str:

@@ -165,8 +165,7 @@ class Work:
         found = self.renderer.identity.base_digest
         if found != round.base_digest:
             raise RoundError(f"the base changed: {self.model} is {found} now, the round began with {round.base_digest}")
-        if round.ref.adapter not in self.api.adapter_names():
-            return  # a name that has only traces is an adapter once something was learned from them
+        self.api.create_adapter(round.ref.adapter, str(round.ref))  # also so that a sidecar finds it after a kill
         adapter = self.api.adapter(round.ref.adapter)
         for version in adapter["versions"]:
             if version["version"] in (adapter["live"], adapter["canary"]) and version["base_digest"] != found:

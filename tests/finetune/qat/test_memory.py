@@ -31,6 +31,8 @@ def test_parts(dtype: torch.dtype, is_muon: bool) -> None:
     assert plan.optimizer == 4 * slots
     assert plan.total == sum(getattr(plan, name) for name in plan.__dataclass_fields__)
     assert plan_memory(shape, dtype, 200, is_muon=is_muon).activations == 2 * plan.activations
+    long = [plan_memory(shape, dtype, 100, is_muon=is_muon, num_steps=steps) for steps in (0, 250, 2500)]
+    assert [one.heap - long[0].heap for one in long] == [0, plan.activations, plan.activations], "holes grow"
 
 
 @pytest.fixture(scope="module")
