@@ -93,9 +93,8 @@ def freeze(
         if len(kept) < selection.min_examples:
             dropped = {str(reason): count for reason, count in sorted(parts["train"].dropped.items())}
             raise NothingToLearnError(selection.adapter, len(kept), selection.min_examples, dropped)
-        dropped_replay = parts["replay"].dropped
         replayed = replay_rows(
-            database, candidates, near, earlier, reached, dropped_replay, until_feedback=until_feedback
+            database, candidates, near, earlier, reached, parts["replay"].dropped, until_feedback=until_feedback
         )
         parts["train"].write(partial / FILES["train"], _spooled(spool, kept))
         parts["replay"].write(partial / FILES["replay"], replayed)

@@ -74,8 +74,6 @@ def abandon(api: ServerApi, round: Round, reason: str, *, keep: int | None = Non
     """Whatever the round brought in goes no further, but for the version `keep`."""
     if round.phase in (Phase.SNAPSHOT, Phase.TRAIN, Phase.EXPORT) and not round.num_restarts:
         return  # nothing can be there
-    if round.ref.adapter not in api.adapter_names():
-        return
     for one in api.adapter(round.ref.adapter)["versions"]:
         if one["origin"] == str(round.ref) and one["state"] == "candidate" and one["number"] != keep:
             reject(api, VersionRef(round.ref.adapter, one["number"]), reason)

@@ -46,7 +46,8 @@ struct PackedMatrix {
   int64_t s_stride;
 };
 
-// 32 activations of one row: x = d * q. neg_sum is minus the sum of the first 16 q, and of all 32; scaled_sum is d * sum(q).
+// 32 activations of one row: x = d * q. neg_sum is minus the sum of the first 16 q, and of all 32; scaled_sum is
+// d * sum(q).
 struct ActBlock {
   int8_t q[kBlock];
   float d;

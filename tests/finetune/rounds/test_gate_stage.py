@@ -76,6 +76,12 @@ class Bench:
         self.round = self.store.advance(self.lease, self.round, done.facts, **done.columns)
         return done
 
+    def import_another(self) -> None:
+        """A human's, beside the round's."""
+        archive = self.folder / "other"
+        archive.write_bytes(b"other")
+        self.api.import_version("tools", archive, base_digest=BASE_DIGEST, origin="a human", reason="test", parent=None)
+
     def gate(self, rows: list[Any], **changes: Any) -> Done:
         options: dict[str, Any] = {
             "settings": GateSettings(),
@@ -234,10 +240,7 @@ def test_the_opponent_is_the_live_version_from_beginning_to_end(bench: Bench) ->
 def test_another_live_version_meanwhile_is_a_reason_to_stop(bench: Bench) -> None:
     bench.answers["tools@1"] = good
     bench.take_in()
-    (bench.folder / "other").write_bytes(b"other")
-    bench.api.import_version(
-        "tools", bench.folder / "other", base_digest=BASE_DIGEST, origin="a human", reason="test", parent=None
-    )
+    bench.import_another()
     bench.gate(questions())
     bench.server.registry.promote(VersionRef("tools", 2), override=True, asked_by="a human", reason="test")
     with pytest.raises(RoundError, match=r"compared tools@1 with the base, but tools@2 answers now"):
@@ -248,10 +251,7 @@ def test_another_live_version_meanwhile_is_a_reason_to_stop(bench: Bench) -> Non
 def test_what_passed_the_gate_is_not_thrown_away_for_a_canary_that_was_faster(bench: Bench) -> None:
     bench.answers["tools@1"] = good
     bench.take_in()
-    (bench.folder / "other").write_bytes(b"other")
-    bench.api.import_version(
-        "tools", bench.folder / "other", base_digest=BASE_DIGEST, origin="a human", reason="test", parent=None
-    )
+    bench.import_another()
     bench.gate(questions())
     bench.server.registry.start_canary(VersionRef("tools", 2), share=0.2, asked_by="a human", reason="test")
     over = carry_out(bench.task(), bench.api, canary_share=0.2)
