@@ -101,6 +101,7 @@ class Core {
   void refine(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride);
   void matmul_targets(const float* x, int64_t x_stride, int rows, const Target* targets, int count, int64_t out_stride,
                       bool accumulate, const LowRank* low_rank);
+  void divide(int units);  // into pieces_
 
   LowRank plan_low_rank(int layer, const Target* targets, int count) const;
   const LoraPair& pair(const LowRank& l, int slot, int target) const;
@@ -148,6 +149,7 @@ class Core {
   ActBlock* quantized_;
   int32_t* masks_;
   int group_ = 1;
+  std::vector<int32_t> pieces_;  // of a matmul: where each begins, then the end
   std::vector<int32_t> row_seq_, row_position_, lora_rows_, runs_;
   std::vector<LoraRows> lora_groups_;  // by version
   std::vector<LoraRows> lora_chunks_;  // the same, at most max_group rows each

@@ -74,16 +74,12 @@ void Core::multiply_with_low_rank(const LowRank& l, int target, int row_begin, i
                                   int panel_end, int before, int panels, int64_t out_stride, bool accumulate) const {
   const Kernels& k = model_->kernels();
   const PackedMatrix& w = *l.targets[target].w;
-  const int row_steps = (row_end - row_begin + group_ - 1) / group_;
   for (int first = panel_begin; first < panel_end; first += kPanelsAtOnce) {
-    const int last = std::min(first + kPanelsAtOnce, panel_end), parts = (last - first) * row_steps;
-    for (int part = 0; part < parts; ++part) {
-      const int panel = first + part / row_steps, row = row_begin + part % row_steps * group_;
-      fetch_now(l, target, first, last, part, parts);
-      fetch_next(l, (before + panel) * static_cast<int64_t>(row_steps) + part % row_steps,
-                 panels * static_cast<int64_t>(row_steps));
-      k.matmul(w, quantized_, group_, row, std::min(row + group_, row_end), panel, panel + 1, l.targets[target].out,
-               out_stride, accumulate);
+    const int last = std::min(first + kPanelsAtOnce, panel_end);
+    for (int panel = first; panel < last; ++panel) {
+      fetch_now(l, target, first, last, panel - first, last - first);
+      fetch_next(l, before + panel, panels);
+      k.matmul(w, quantized_, group_, row_begin, row_end, panel, panel + 1, l.targets[target].out, out_stride, accumulate);
     }
     add_low_rank(l, target, row_begin, row_end, first, last, out_stride);
   }
