@@ -97,6 +97,8 @@ INVARIANT = {
     "Q4_1": (Shape(), GGMLType.Q4_1),
     "streams": (Shape(two_streams=True), GGMLType.Q4_1),
     "bitnet": (replace(BITNET, two_streams=True), GGMLType.TQ2_0),
+    # down's activations are more than a core's cache holds: rows by blocks of 40, pieces of work across their ends
+    "wide": (Shape(layers=1, hidden=96, ffn=8192), GGMLType.Q8_0),
 }
 
 
