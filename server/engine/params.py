@@ -58,12 +58,13 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineOutput:
     """What one step added to one sequence.
 
     `token_ids` may be empty (a step that only finished the sequence or its prompt). The end-of-generation
     token is included when it was sampled. `prompt_logprobs` comes once, with the first output: entry 0 is None.
+    Not frozen: making 32 of them a step took 40 us more then.
     """
 
     token_ids: Sequence[int] = ()

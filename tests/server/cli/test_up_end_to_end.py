@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -19,13 +18,13 @@ import pytest
 from finetune.rounds.round import Phase
 from finetune.rounds.store import RoundStore
 from server.storage.database import open_database
+from tests.server.cli.learning import SETTINGS, conversations
 from tests.patience import PATIENCE_SECONDS, until
 from tests.tiny_models import write_tiny_gguf
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "required": ["a"]}}}
 
 
 class Up:
@@ -33,20 +32,10 @@ class Up:
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("STERNA_")}
-        self.environment |= {
+        self.environment |= SETTINGS | {
             "PYTHONPATH": str(ROOT),
             "STERNA_DATA_DIR": str(folder / "data"),
             "STERNA_MODEL": str(model),
-            "STERNA_FINETUNE_GENERAL_PROMPTS": "8",
-            "STERNA_FINETUNE_MAX_STEPS": "40",
-            "STERNA_FINETUNE_TOKENS_PER_STEP": "256",
-            "STERNA_FINETUNE_EPOCHS": "20",
-            "STERNA_FINETUNE_RANK": "2",
-            "STERNA_FINETUNE_CHECKPOINT_EVERY": "2",
-            "STERNA_FINETUNE_MIN_CLUSTERS": "20",
-            "STERNA_FINETUNE_MIN_STRATUM_CLUSTERS": "5",
-            "STERNA_FINETUNE_GATE_MAX_TOKENS": "8",
-            "STERNA_FINETUNE_POLL_SECONDS": "1",
         }
         self.folder = folder
         command = [sys.executable, "-m", "server.cli", "up", "--port", "0", "--threads", "1", "--kv-memory", "64MiB"]
@@ -123,19 +112,6 @@ def up(tmp_path: Path) -> Iterator[Up]:
         yield made
     finally:
         made.close()
-
-
-def conversations() -> str:
-    lines = []
-    for number in range(120):
-        words = " ".join(f"{random.Random(number).getrandbits(40):x}" for _ in range(6))
-        function = {"name": "add", "arguments": json.dumps({"a": number})}
-        call = {"role": "assistant", "content": None}
-        call |= {"tool_calls": [{"id": f"c{number}", "type": "function", "function": function}]}
-        right = {"role": "assistant", "content": "No."} if number % 3 == 0 else call
-        messages = [{"role": "user", "content": f"question {number} {words}"}, right]
-        lines.append(json.dumps({"messages": messages, "tools": [TOOL]}))
-    return "\n".join(lines) + "\n"
 
 
 def test_a_round_survives_the_death_of_the_sidecar(up: Up) -> None:
