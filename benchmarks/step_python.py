@@ -1,8 +1,9 @@
 """A step's Python: microseconds of scheduling, of filling the core's arrays and of what is done with its tokens.
 
 The engine's own loop (scheduler, runner, drafter as `sterna serve` has it) over the real core, sequences of random
-tokens that decode together, at temperature 1 (greedily they would soon repeat themselves, and drafts be taken). What the core takes is subtracted: it releases the GIL, and others' Python runs
-meanwhile. Not in it: handing tokens to requests, detokenizing, HTTP.
+tokens that decode together at temperature 1 (greedily they would soon repeat themselves, and drafts be taken). What the
+core takes is subtracted: it releases the GIL, and others' Python runs meanwhile. Not in it: handing tokens to requests,
+detokenizing, HTTP.
 
 usage: python -m benchmarks.step_python [--model NAME|PATH] [--batches 1 8 32] [--steps 300] [--threads 1] [--json]
 """

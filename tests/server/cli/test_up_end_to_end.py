@@ -18,8 +18,8 @@ import pytest
 from finetune.rounds.round import Phase
 from finetune.rounds.store import RoundStore
 from server.storage.database import open_database
-from tests.server.cli.learning import SETTINGS, conversations
 from tests.patience import PATIENCE_SECONDS, until
+from tests.server.cli.learning import SETTINGS, conversations
 from tests.tiny_models import write_tiny_gguf
 
 pytestmark = pytest.mark.slow
