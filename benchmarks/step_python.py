@@ -20,6 +20,7 @@ import numpy as np
 
 from benchmarks import models, report
 from quant.model_file import open_model
+from server.config import Settings
 from server.engine.block_manager import BlockManager
 from server.engine.drafting import Drafter
 from server.engine.params import SamplingParams
@@ -30,7 +31,6 @@ from server.engine.stats import Counters
 from server.engine.weights import load_core
 
 _PROMPT = 100
-_MAX_DRAFT_TOKENS = 8
 _WARM_UP = 20
 
 
@@ -58,7 +58,7 @@ def measure(path: Path, batch: int, steps: int, threads: int) -> dict[str, float
     limits = {"num_blocks": blocks, "max_num_seqs": batch, "max_batch_tokens": 512}
     core = TimedCore(load_core(file, isa="auto", num_threads=threads, **limits))
     counters = Counters()
-    drafter = Drafter(_MAX_DRAFT_TOKENS, counters)
+    drafter = Drafter(Settings.model_fields["max_draft_tokens"].default, counters)
     scheduler = Scheduler(
         BlockManager(blocks, core.block_size),
         max_num_seqs=batch,

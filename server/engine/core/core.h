@@ -114,8 +114,8 @@ class Core {
                               int before, int panels, int64_t out_stride, bool accumulate) const;
   void add_low_rank(const LowRank& l, int target, int row_begin, int row_end, int panel_begin, int panel_end,
                     int64_t out_stride) const;
-  // Asks for part `part` of `parts` of the B of a target's panels, or of the next projections' A, from memory.
-  void fetch_now(const LowRank& l, int target, int panel_begin, int panel_end, int part, int parts) const;
+  // Asks for the B of a target's panel, or for part `part` of `parts` of the next projections' A, from memory.
+  void fetch_now(const LowRank& l, int target, int64_t panel) const;
   void fetch_next(const LowRank& l, int64_t part, int64_t parts) const;
   void add_low_rank_float32(const LowRank& l, const float* x, int64_t x_stride, int64_t out_stride);
   void rotate_and_store(const Batch& batch, int index);

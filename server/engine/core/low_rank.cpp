@@ -77,7 +77,7 @@ void Core::multiply_with_low_rank(const LowRank& l, int target, int row_begin, i
   for (int first = panel_begin; first < panel_end; first += kPanelsAtOnce) {
     const int last = std::min(first + kPanelsAtOnce, panel_end);
     for (int panel = first; panel < last; ++panel) {
-      fetch_now(l, target, first, last, panel - first, last - first);
+      fetch_now(l, target, panel);
       fetch_next(l, before + panel, panels);
       k.matmul(w, quantized_, group_, row_begin, row_end, panel, panel + 1, l.targets[target].out, out_stride, accumulate);
     }
@@ -85,11 +85,9 @@ void Core::multiply_with_low_rank(const LowRank& l, int target, int row_begin, i
   }
 }
 
-void Core::fetch_now(const LowRank& l, int target, int panel_begin, int panel_end, int part, int parts) const {
-  const int panels = panel_end - panel_begin, pieces = panels * static_cast<int>(lora_groups_.size());
-  for (int piece = part * pieces / parts; piece < (part + 1) * pieces / parts; ++piece) {
-    const PackedMatrix& b = pair(l, lora_groups_[static_cast<size_t>(piece / panels)].slot, target).b;
-    const int64_t panel = panel_begin + piece % panels;
+void Core::fetch_now(const LowRank& l, int target, int64_t panel) const {
+  for (const LoraRows& g : lora_groups_) {
+    const PackedMatrix& b = pair(l, g.slot, target).b;
     for (int64_t at = 0; at < b.q_stride; at += kLine) __builtin_prefetch(b.q + panel * b.q_stride + at, 0, kNear);
   }
 }
