@@ -114,10 +114,11 @@ def _held_out(
     database: Database, candidates: Candidates, until: int, until_feedback: int | None, dropped: Counter[Drop]
 ) -> tuple[NearTexts, list[HeldOutRow]]:
     """The questions that nothing near to may be trained on (of every held-out trace: what has no label today may have
-    one tomorrow), and the rows, oldest first."""
+    one tomorrow), and the rows, oldest first: of more than fit gold, which alone decides, then the newest."""
     selection = candidates.selection
     near, known = NearTexts(selection.near_threshold), set()
-    rows: list[HeldOutRow] = []
+    gold: list[HeldOutRow] = []
+    others: list[HeldOutRow] = []
     scanned = read_traces(database, selection.adapter, "held_out", until_seq=until, until_feedback=until_feedback)
     for num_scanned, trace in enumerate(scanned):
         if num_scanned == selection.max_scanned:
@@ -129,11 +130,18 @@ def _held_out(
             known.add(question)
             near.add(question)
         row = candidates.held_out(trace)
-        if isinstance(row, HeldOutRow) and len(rows) < selection.max_held_out:
-            rows.append(row)
+        if isinstance(row, Drop):
+            dropped[row] += 1
+            continue
+        same = gold if row.is_gold else others
+        if len(same) < selection.max_held_out:
+            same.append(row)
         else:
-            dropped[row if isinstance(row, Drop) else Drop.OVER_BUDGET] += 1
-    rows.reverse()
+            dropped[Drop.OVER_BUDGET] += 1
+    room = selection.max_held_out - len(gold)
+    if len(others) > room:
+        dropped[Drop.OVER_BUDGET] += len(others) - room
+    rows = sorted([*gold, *others[:room]], key=lambda row: row.seq)
     return near, _with_clusters(rows, selection.near_threshold)
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.gate.results import GOLD, Label, label_of
+
 Kind = Literal["call", "no_call", "chat"]
 """A tool is called; tools were offered and none is called; no tools were offered."""
 
@@ -71,6 +73,17 @@ class HeldOutRow:
     @property
     def trace_id(self) -> str:
         return self.id
+
+    @property
+    def label(self) -> Label:
+        if self.source == "import":  # never served: its answer is known
+            return Label.KNOWN_ANSWER
+        is_audited = any(given["source"] == "audit_sample" for given in self.feedback)
+        return label_of(self.source, is_audit=self.is_audit, is_audited=is_audited)
+
+    @property
+    def is_gold(self) -> bool:
+        return self.label in GOLD
 
 
 def to_line(row: ExampleRow | HeldOutRow) -> bytes:

@@ -56,6 +56,11 @@ def last_seq(database: Database) -> int:
         return connection.scalar(select(func.max(traces.c.seq))) or 0
 
 
+def has_traces(database: Database, adapter: str) -> bool:
+    with database.read() as connection:
+        return connection.scalar(select(traces.c.seq).where(traces.c.adapter == adapter).limit(1)) is not None
+
+
 def count_traces(database: Database, adapter: str, side: Side, *, until_seq: int) -> int:
     with database.read() as connection:
         query = select(func.count()).select_from(traces.join(episodes))

@@ -12,6 +12,10 @@ class CanaryHeldError(RoundError):
     """Another version is the adapter's canary, and nobody has decided about it yet."""
 
 
+class UnknownAdapterError(RoundError):
+    """Neither the registry nor the log knows the name: it is mistyped, most likely."""
+
+
 class SnapshotChangedError(FinetuneError):
     """A trace of the round's snapshot was deleted: the round begins anew without it."""
 

@@ -16,7 +16,7 @@ from finetune.dataset.rows import HeldOutRow
 from finetune.dataset.snapshot import Snapshot
 from finetune.gate.decision import Decision, decide, evidence_of
 from finetune.gate.expected import BadLabelError, Expected, expected_from_bfcl, expected_from_message
-from finetune.gate.results import GOLD, Judged, Label, PairedTrace, RegressionScore, judge, label_of
+from finetune.gate.results import Judged, PairedTrace, RegressionScore, judge
 from finetune.gate.settings import GateSettings
 from finetune.gate.spending import History, history_of
 from finetune.rounds.asking import REFUSED, Answer, Answers, Question, ask_all
@@ -107,7 +107,6 @@ class _Labelled:
 
     row: HeldOutRow
     expected: Expected
-    label: Label
 
     @property
     def cluster(self) -> str:
@@ -123,7 +122,7 @@ class _Labelled:
 
     @property
     def is_gold(self) -> bool:
-        return self.label in GOLD
+        return self.row.is_gold
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
@@ -143,18 +142,11 @@ _UNANSWERED = Judged(False, False, False, False)
 
 
 def _labelled(row: HeldOutRow) -> _Labelled | None:
-    """None: a label that nothing can be judged by. What was imported was never served: its answer is known."""
+    """None: a label that nothing can be judged by."""
     try:
-        expected = expected_of(row)
+        return _Labelled(row, expected_of(row))
     except (BadLabelError, RecursionError):  # as deep as a client likes
         return None
-    is_audited = any(given["source"] == "audit_sample" for given in row.feedback)
-    label = (
-        Label.KNOWN_ANSWER
-        if row.source == "import"
-        else label_of(row.source, is_audit=row.is_audit, is_audited=is_audited)
-    )
-    return _Labelled(row, expected, label)
 
 
 def _question(row: HeldOutRow, max_tokens: int) -> Question:
@@ -174,7 +166,7 @@ def _pair(one: _Labelled, ours: Judged, theirs: Judged, known_tools: Iterable[st
         trace_id=one.row.id,
         cluster=one.cluster,
         position=one.position,
-        label=one.label,
+        label=one.row.label,
         expects_call=one.expects_call,
         is_seen=about <= frozenset(known_tools),
         candidate=ours,

@@ -18,8 +18,9 @@ from zipfile import BadZipFile
 from finetune.config import FinetuneSettings
 from finetune.dataset.render import Renderer
 from finetune.dataset.snapshot import erase_deleted
+from finetune.dataset.source import has_traces
 from finetune.rounds.engine import Observer, RoundEngine
-from finetune.rounds.errors import CanaryHeldError, RoundError
+from finetune.rounds.errors import CanaryHeldError, RoundError, UnknownAdapterError
 from finetune.rounds.lease import Lease, held
 from finetune.rounds.promotion import abandon
 from finetune.rounds.round import Round
@@ -62,8 +63,10 @@ class Runner:
         """The unfinished round of the adapter to its end, or else a new one. `on_wait` hears who works on it already.
 
         `is_bug_final`: an error that nobody foresaw ends the round, so that it is not run into for ever.
-        Raises CanaryHeldError, LeaseHeldError, StoppedError, LeaseLostError, ServerUnavailableError.
+        Raises UnknownAdapterError, CanaryHeldError, LeaseHeldError, StoppedError, LeaseLostError,
+        ServerUnavailableError.
         """
+        self.check_known(adapter)
         with held(self.database, adapter, is_waiting=is_waiting, on_wait=on_wait, sleep=self.sleep) as lease:
             round = self.store.unfinished(adapter)
             if round is None:
@@ -98,6 +101,15 @@ class Runner:
             if round is not None:
                 done.append(self._to_the_end(lease, round, is_bug_final=True))
         return done
+
+    def check_known(self, adapter: str) -> None:
+        """Raises UnknownAdapterError. What was imported for a name may be learned from before there is an adapter."""
+        known = self.api.adapter_names()
+        if adapter not in known and not has_traces(self.database, adapter):
+            raise UnknownAdapterError(
+                f"there is no adapter '{adapter}', and no trace in the log is of one; adapters here: "
+                f"{', '.join(known) or 'none'} (sterna adapters create {adapter})"
+            )
 
     def undecided(self, adapter: str) -> str | None:
         """The adapter's canary. A round beside it would compare with what may not answer any more when it ends."""

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from finetune.rounds.errors import UnknownAdapterError
 from finetune.rounds.report import round_body
 from finetune.rounds.store import RoundStore
 from finetune.sidecar.metrics import SidecarMetrics
@@ -41,6 +42,8 @@ def build_app(
     request_round: Callable[[str, int | None], None],
     may_ask: MayAsk,
 ) -> Starlette:
+    """`request_round` raises UnknownAdapterError."""
+
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
@@ -66,7 +69,10 @@ def build_app(
             adapter, parent = _read(await _body(request))
         except (ValueError, AdapterError) as error:
             return _error(400, str(error))
-        await asyncio.to_thread(request_round, adapter, parent)
+        try:
+            await asyncio.to_thread(request_round, adapter, parent)
+        except UnknownAdapterError as error:
+            return _error(404, str(error))
         return JSONResponse({"object": "round.request", "adapter": adapter, "parent": parent}, 202)
 
     routes = [

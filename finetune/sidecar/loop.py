@@ -74,6 +74,7 @@ def run_sidecar(
         wake = threading.Event()
 
         def request_round(adapter: str, parent: int | None) -> None:
+            runner.check_known(adapter)
             runner.store.request(adapter, parent)
             wake.set()
 

@@ -283,6 +283,17 @@ def test_the_budget_takes_the_newest(log: Log, renderer: Renderer, tmp_path: Pat
     assert dropped(snapshot, "held_out") == {"over_budget": 4}
 
 
+def test_of_more_held_out_traces_than_fit_gold_stays(log: Log, renderer: Renderer, tmp_path: Path) -> None:
+    log.teach(9)
+    for number in range(3):
+        record = log.ask(question(number), weather("X"), side="held_out")
+        log.judge(record, score=1.0, source="known_answer" if number < 2 else "thumbs")
+    snapshot = frozen(log, renderer, tmp_path, max_held_out=2)
+    assert [row.question for row in snapshot.held_out()] == [question(0), question(1)]
+    assert dropped(snapshot, "held_out") == {"over_budget": 1}
+    assert [row.question for row in frozen(log, renderer, tmp_path).held_out()] == [question(n) for n in range(3)]
+
+
 def test_imports_teach_their_last_answer_or_all(log: Log, renderer: Renderer, tmp_path: Path) -> None:
     def line(**last: Any) -> str:
         turns = [user(question(1)), assistant("one"), user("more"), assistant("two") | last]

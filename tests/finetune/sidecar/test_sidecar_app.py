@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from finetune.gate.settings import GateSettings
+from finetune.rounds.errors import UnknownAdapterError
 from finetune.rounds.gating import decision_of
 from finetune.rounds.lease import take
 from finetune.rounds.round import Result, Round
@@ -26,13 +27,19 @@ class Bench:
         self.metrics = SidecarMetrics()
         self.asked: list[tuple[str, int | None]] = []
         self.refused: tuple[int, str] | None = None
+        self.unknown: set[str] = set()
         app = build_app(
             self.store,
             self.metrics,
-            request_round=lambda adapter, parent: self.asked.append((adapter, parent)),
+            request_round=self._request,
             may_ask=lambda key: self.refused if key != "Bearer good" else None,
         )
         self.http = TestClient(app)
+
+    def _request(self, adapter: str, parent: int | None) -> None:
+        if adapter in self.unknown:
+            raise UnknownAdapterError(f"there is no adapter '{adapter}'")
+        self.asked.append((adapter, parent))
 
     def round(self, **columns: Any) -> Round:
         round = self.store.begin(self.lease, cause="test", base_digest="sha256:0", settings={"rank": 4})
@@ -57,6 +64,9 @@ def test_rounds_on_request(bench: Bench) -> None:
     reply = bench.http.post("/rounds", json={"adapter": "tools", "parent": 7})
     assert reply.status_code == 202
     assert bench.http.post("/rounds", json={"adapter": "tools"}).status_code == 202
+    bench.unknown = {"tolls"}
+    reply = bench.http.post("/rounds", json={"adapter": "tolls"})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (404, "there is no adapter 'tolls'")
     assert bench.asked == [("tools", 7), ("tools", None)]
     bench.round()
     (one,) = bench.http.get("/rounds", params={"adapter": "tools"}).json()["data"]

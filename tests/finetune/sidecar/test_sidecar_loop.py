@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from finetune.config import FinetuneSettings
-from finetune.rounds.errors import LeaseHeldError, RoundError, StoppedError
+from finetune.rounds.errors import LeaseHeldError, RoundError, StoppedError, UnknownAdapterError
 from finetune.rounds.lease import take
 from finetune.rounds.round import Result
 from finetune.rounds.runner import Runner
@@ -34,6 +34,7 @@ class FakeRunner:
     fault: dict[str, Exception] = field(default_factory=dict)
 
     undecided = Runner.undecided
+    check_known = Runner.check_known
 
     def forget(self, adapter: str) -> None:
         self.forgot.append(adapter)
@@ -81,6 +82,14 @@ def test_nothing_is_due(runner: FakeRunner) -> None:
     turn(runner)
     assert runner.ran == []
     assert runner.forgot == ["a", "b"], "what was deleted is forgotten all the same"
+
+
+def test_a_mistyped_name_is_told_from_what_was_imported_for_a_new_one(runner: FakeRunner, database: Database) -> None:
+    runner.check_known("a")
+    with pytest.raises(UnknownAdapterError, match=r"no adapter 'tolls', .* adapters here: a, b "):
+        runner.check_known("tolls")
+    Log(database).ask(adapter="tolls")
+    runner.check_known("tolls")
 
 
 def test_asked_for_unfinished_and_due(runner: FakeRunner, database: Database) -> None:
