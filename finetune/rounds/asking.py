@@ -7,6 +7,7 @@ Not here: judging (gating.py).
 
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -32,7 +33,10 @@ class Question:
 
 REFUSED = "refused"
 """The finish reason of a question that the server does not take."""
-BAD_REQUEST = 400
+BAD_REQUEST, NOT_FOUND = 400, 404
+FOLLOW_WAITS = (0.5, 1.0, 2.0)
+"""Seconds. A version was imported through one server of a registry; any other may be asked for it, and looks at the
+registry every half second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,16 +113,25 @@ def ask_all(
 
 
 def _ask(api: ServerApi, model: str, question: Question) -> Answer:
+    waits = iter(FOLLOW_WAITS)
+    while True:
+        try:
+            return _asked_once(api, model, question)
+        except RefusedError as error:
+            if error.status == BAD_REQUEST:
+                # This one question, of all versions: no room for an answer, or imported and never served.
+                logger.warning("%s is left out: %s", question.id, error)
+                return Answer(model, question.id, {"role": "assistant", "content": None}, REFUSED, None)
+            wait = next(waits, None)
+            if error.status != NOT_FOUND or wait is None:
+                raise
+            time.sleep(wait)
+
+
+def _asked_once(api: ServerApi, model: str, question: Question) -> Answer:
+    said = api.answer(model, question.request, max_tokens=question.max_tokens)
     loss = None
-    try:
-        said = api.answer(model, question.request, max_tokens=question.max_tokens)
-        if question.num_scored:
-            losses = api.token_losses(model, question.scored_ids, question.num_scored)
-            loss = sum(losses) / len(losses)
-    except RefusedError as error:
-        if error.status != BAD_REQUEST:
-            raise
-        # This one question, of all versions: it leaves no room for an answer, or was imported and never served.
-        logger.warning("%s is left out: %s", question.id, error)
-        return Answer(model, question.id, {"role": "assistant", "content": None}, REFUSED, None)
+    if question.num_scored:
+        losses = api.token_losses(model, question.scored_ids, question.num_scored)
+        loss = sum(losses) / len(losses)
     return Answer(model, question.id, said["message"], said["finish_reason"], loss)

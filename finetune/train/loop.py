@@ -6,6 +6,7 @@ adapter over a frozen base or a whole network. Nothing here depends on the clock
 reports.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from finetune.train.ranks import Alone, Ranks
 from finetune.train.scaling import begin_scaling, scaled_on
 from finetune.train.schedule import learning_rate
 from finetune.train.settings import TrainSettings
+
+logger = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch", contravariant=True)
 AnyBatch = TypeVar("AnyBatch")
@@ -107,6 +110,13 @@ def train(
     found = checkpoints.newest()
     if found is not None:
         is_exact = found.progress.is_exact and found.machine == Machine.here()
+        if found.machine != Machine.here():
+            logger.warning(
+                "step %d was computed by %s, and %s goes on: equal within tolerance, not bit for bit",
+                found.progress.step,
+                found.machine,
+                Machine.here(),
+            )
         progress = replace(found.progress, is_exact=is_exact)
         _copy_into(parameters, found.parameters)
         optimizer.load(found.optimizer)

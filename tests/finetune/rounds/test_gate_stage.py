@@ -1,6 +1,7 @@
 """The gate of a round against a scripted server, and what comes of its decision."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,30 @@ def test_a_question_that_the_server_does_not_take_is_left_out(bench: Bench) -> N
     assert done.facts["num_refused"] == 1
     assert decision_of(bench.round).num_clusters == 119
     assert bench.promote().result is Result.CANARY
+
+
+@pytest.mark.parametrize("num_looks", [2, 9])
+def test_another_server_may_not_have_heard_of_the_version_yet(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, num_looks: int
+) -> None:
+    monkeypatch.setattr("finetune.rounds.asking.FOLLOW_WAITS", (0.0, 0.0, 0.0))
+    asked: Counter[str] = Counter()
+
+    def heard_late(body: Mapping[str, Any]) -> Mapping[str, Any]:
+        text = json.dumps(body["messages"])
+        asked[text] += 1
+        if asked[text] <= num_looks:
+            raise RefusedError(404, "The model 'tools@1' does not exist.")
+        return good(body)
+
+    bench.answers["tools@1"] = heard_late
+    bench.take_in()
+    if num_looks == 2:
+        assert bench.gate(questions()).facts["num_refused"] == 0
+        assert bench.promote().result is Result.CANARY
+    else:
+        with pytest.raises(RefusedError, match="does not exist"):
+            bench.gate(questions())
 
 
 def test_a_server_that_restarts_in_the_gate_costs_no_answer(bench: Bench) -> None:

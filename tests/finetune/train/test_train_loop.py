@@ -194,7 +194,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         run(tmp_path, settings=TrainSettings(num_steps=31))
 
 
-def test_another_thread_count_is_no_exact_resumption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_thread_count_is_no_exact_resumption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def killed_at(step: int) -> None:
         def batches(at: int) -> Sequence[Batch]:
             if at == step:
@@ -209,6 +211,8 @@ def test_another_thread_count_is_no_exact_resumption(tmp_path: Path, monkeypatch
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(Machine, "here", lambda: replace(here, num_threads=here.num_threads + 1))
         killed_at(20)
+    assert [one.levelname for one in caplog.records] == ["WARNING"]
+    assert f"num_threads={here.num_threads + 1}" in caplog.text
     assert not run(tmp_path)[0].is_exact, "back where it began, but some steps were not made here"
 
 
