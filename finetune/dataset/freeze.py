@@ -7,11 +7,11 @@ one step: whoever is killed in between leaves nothing that anybody sees.
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from finetune.dataset.candidates import Candidates
 from finetune.dataset.errors import NothingToLearnError
@@ -26,6 +26,8 @@ from finetune.dataset.snapshot import FILES, FORMAT, MANIFEST, Manifest, Part, S
 from finetune.dataset.source import count_by_key, count_traces, last_seq, read_traces
 from server.storage.database import Database
 from server.traces.lineage import Lineage
+
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +116,16 @@ def _held_out(
     database: Database, candidates: Candidates, until: int, until_feedback: int | None, dropped: Counter[Drop]
 ) -> tuple[NearTexts, list[HeldOutRow]]:
     """The questions that nothing near to may be trained on (of every held-out trace: what has no label today may have
-    one tomorrow), and the rows, oldest first: of more than fit gold, which alone decides, then the newest."""
+    one tomorrow), and the rows, oldest first: of more than fit gold, which alone decides, then the newest. No key gives
+    more than its share of the gold: whoever may say what is right must not become the only judge."""
     selection = candidates.selection
     near, known = NearTexts(selection.near_threshold), set()
-    gold: list[HeldOutRow] = []
+    gold: list[tuple[str, HeldOutRow]] = []
     others: list[HeldOutRow] = []
+    share, floor = selection.max_key_share, selection.min_key_examples
+    num_keys = len(count_by_key(database, selection.adapter, "held_out", until_seq=until))
+    limit = scan_limit(num_keys, selection.max_held_out, max_share=share, min_count=floor)
+    counts: Counter[str] = Counter()
     scanned = read_traces(database, selection.adapter, "held_out", until_seq=until, until_feedback=until_feedback)
     for num_scanned, trace in enumerate(scanned):
         if num_scanned == selection.max_scanned:
@@ -132,16 +139,21 @@ def _held_out(
         row = candidates.held_out(trace)
         if isinstance(row, Drop):
             dropped[row] += 1
-            continue
-        same = gold if row.is_gold else others
-        if len(same) < selection.max_held_out:
-            same.append(row)
-        else:
+        elif len(gold if row.is_gold else others) >= selection.max_held_out:
             dropped[Drop.OVER_BUDGET] += 1
-    room = selection.max_held_out - len(gold)
+        elif not row.is_gold:
+            others.append(row)
+        elif counts[trace.key_id] >= limit:
+            dropped[Drop.KEY_SHARE] += 1
+        else:
+            counts[trace.key_id] += 1
+            gold.append((trace.key_id, row))
+    limit = key_limit(counts, max_share=share, min_count=floor)
+    rows = [row for _, row in _within_shares(gold, limit, lambda one: one[0], dropped)]
+    room = selection.max_held_out - len(rows)
     if len(others) > room:
         dropped[Drop.OVER_BUDGET] += len(others) - room
-    rows = sorted([*gold, *others[:room]], key=lambda row: row.seq)
+    rows = sorted([*rows, *others[:room]], key=lambda row: row.seq)
     return near, _with_clusters(rows, selection.near_threshold)
 
 
@@ -191,20 +203,23 @@ def _train(
             kept.append(_Kept(trace.seq, turn, trace.key_id, spool.tell(), len(line)))
             spool.write(line)
         counts[trace.key_id] += len(rows)
-    return _within_shares(kept, key_limit(counts, max_share=share, min_count=floor), dropped), reached
+    kept = _within_shares(kept, key_limit(counts, max_share=share, min_count=floor), lambda one: one.key_id, dropped)
+    return sorted(kept, key=lambda one: (one.seq, one.turn)), reached
 
 
-def _within_shares(kept: Sequence[_Kept], limit: int, dropped: Counter[Drop]) -> list[_Kept]:
-    """`kept`: newest first. The newest of each key stay."""
+def _within_shares(
+    newest_first: Sequence[_Row], limit: int, key_of: Callable[[_Row], str], dropped: Counter[Drop]
+) -> list[_Row]:
+    """The newest of each key stay."""
     counts: Counter[str] = Counter()
     chosen = []
-    for one in kept:
-        counts[one.key_id] += 1
-        if counts[one.key_id] <= limit:
+    for one in newest_first:
+        counts[key_of(one)] += 1
+        if counts[key_of(one)] <= limit:
             chosen.append(one)
         else:
             dropped[Drop.KEY_SHARE] += 1
-    return sorted(chosen, key=lambda one: (one.seq, one.turn))
+    return chosen
 
 
 def _spooled(spool: IO[bytes], kept: Sequence[_Kept]) -> Iterator[ExampleRow]:
