@@ -1,24 +1,36 @@
 """What benchmarks/train_step.py trains on: steps of (token ids, index of the first token with loss).
 
 `full` is random tokens; `traces` and `agent` are the demonstration's questions (Berkeley Function Calling Leaderboard,
-`simple_python` and `multiple`), rendered and tokenized by the server's code. Also writes the default model as a Hugging
-Face directory, dequantized, for the peer. Nothing here is timed.
+`simple_python` and `multiple`), rendered and tokenized by the server's code. `traces` are its calls and its requests
+that no tool fits, and a step has those that a round would put into one: an epoch is packed as a whole, so that what
+begins alike lies together. Also writes the default model as a Hugging Face directory, dequantized, for the peer.
+Nothing here is timed.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from finetune.dataset.bfcl import Question, fetch, read_questions
+from finetune.dataset.bfcl import NoCall, Question, fetch, misfits, read_questions
+from finetune.dataset.packing import pack_bins
 from finetune.dataset.render import Renderer
 from finetune.model.model import TrainModel
+from finetune.packed import Example
 from quant.hf_names import hf_name
 from quant.model_file import open_model
 from server.openai.protocol.chat import ChatRequest
 
 KINDS = ("full", "traces", "agent")
 EXAMPLES_A_STEP = 8
+"""Of an agent's."""
+MISFIT_SHARE = 0.7
+"""Of the questions that are also asked with tools that do not fit, as in the demonstration."""
+TOKENS_A_STEP = 2048
+"""Of the traces', about: a round's setting. Two micro-batches of `SIDE_ROWS` are computed side by side."""
+SIDE_ROWS = 512
 AGENT_TOOLS = 10
 """Tools in the agent's prompt: about 1,500 tokens, the size of a small agent's."""
 
@@ -34,21 +46,42 @@ def make_steps(kind: str, model: Path, cache: Path, *, num_steps: int) -> list[S
         file.close()
         return [[(rng.integers(0, vocab, 256).tolist(), 1) for _ in range(4)] for _ in range(num_steps)]
     renderer, questions = Renderer.open(model), read_questions(fetch(cache))
+    if kind == "traces":
+        return _round_steps(_demo_examples(renderer, questions, rng))[:num_steps]
     num = num_steps * EXAMPLES_A_STEP
-    picked = [questions[i] for i in rng.permutation(len(questions))[:num]]
-    if kind == "agent":
-        named = {one.tools[0]["function"]["name"]: one for one in questions if one.set == "simple_python"}
-        picked = list(named.values())[:AGENT_TOOLS]  # several questions have the same tool
-        tools = [tool for one in picked for tool in one.tools]
-        examples = [_example(renderer, picked[i], tools) for i in rng.integers(0, len(picked), num)]
-    else:
-        examples = [_example(renderer, one, list(one.tools)) for one in picked]
+    named = {one.tools[0]["function"]["name"]: one for one in questions if one.set == "simple_python"}
+    picked = list(named.values())[:AGENT_TOOLS]  # several questions have the same tool
+    tools = [tool for one in picked for tool in one.tools]
+    examples = [_example(renderer, picked[i], tools, picked[i].answer) for i in rng.integers(0, len(picked), num)]
     return [examples[i : i + EXAMPLES_A_STEP] for i in range(0, num, EXAMPLES_A_STEP)]
 
 
-def _example(renderer: Renderer, question: Question, tools: list) -> tuple[list[int], int]:
-    request = ChatRequest.model_validate({"model": "any", "messages": question.messages, "tools": tools})
-    rendered = renderer.answer(request, question.answer)
+def _demo_examples(renderer: Renderer, questions: Sequence[Question], rng: np.random.Generator) -> Step:
+    refused = [one for one in misfits(questions, seed=0) if rng.random() < MISFIT_SHARE]
+    calls = [_example(renderer, one, one.tools, one.answer) for one in questions]
+    return calls + [_example(renderer, one, one.tools, {"role": "assistant", "content": one.answer}) for one in refused]
+
+
+def _round_steps(examples: Step) -> list[Step]:
+    """As finetune/rounds/steps.py has them: an epoch's micro-batches in a drawn order, so many tokens a step."""
+    named = [
+        Example(str(number), np.array(ids, np.int32), (np.arange(len(ids)) >= first_loss).astype(np.float32), "")
+        for number, (ids, first_loss) in enumerate(examples)
+    ]
+    short = [one for one in named if len(one.token_ids) <= SIDE_ROWS]
+    steps: list[Step] = [[]]
+    for one in pack_bins(short, SIDE_ROWS, seed=0, epoch=0):
+        if sum(len(ids) for ids, _ in steps[-1]) >= TOKENS_A_STEP:
+            steps.append([])
+        steps[-1] += [examples[int(short[place.example].id)] for place in one.placements]
+    return steps
+
+
+def _example(
+    renderer: Renderer, asked: Question | NoCall, tools: Sequence[Mapping[str, Any]], answer: Mapping[str, Any]
+) -> tuple[list[int], int]:
+    request = ChatRequest.model_validate({"model": "any", "messages": asked.messages, "tools": list(tools)})
+    rendered = renderer.answer(request, answer)
     return [*rendered.prompt_ids, *rendered.answer_ids], len(rendered.prompt_ids)
 
 

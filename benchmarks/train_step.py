@@ -1,11 +1,11 @@
 """Training steps beside transformers + PEFT: same machine, run, data, adapter at the start, optimizer and steps.
 
 Three kinds of steps on the default model (LoRA rank 16 on seven projections, bf16): `full`, 4 x 256 random tokens with
-loss on each; `traces`, 8 tool-call questions of the demonstration with loss on the answer; `agent`, 8 questions that
-share a prompt of many tools. The peer pads random batches of 4; we pack. Tokens are real example tokens: no padding, a
-shared prefix once per example. Both run in processes of their own, in turn, `--rounds` times; ratios are of one round,
-the median is reported. "bound": 4 x parameters FLOP per token that is laid out (the head's where there is loss) at the
-bf16 GEMM rate that this run measures. Not covered: what is learned in the end (the demonstration), GPUs.
+loss on each; `traces`, steps of a round on the demonstration's calls and refusals, loss on the answer; `agent`, 8
+questions that share a prompt of many tools. The peer pads batches of 4; we pack. Tokens are real example tokens: no
+padding, a shared prefix once per example. Both run in processes of their own, in turn, `--rounds` times; ratios are of
+one round, the median is reported. "bound": 4 x parameters FLOP per token that is laid out (the head's where there is
+loss) at the bf16 GEMM rate that this run measures. Not covered: what is learned in the end (the demonstration), GPUs.
 
 usage: python -m benchmarks.train_step [--model NAME|PATH] [--kinds full,traces,agent] [--rounds 3] [--threads 2]
 """
@@ -181,7 +181,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default=DEFAULT_MODEL, help="catalogue name or path of a GGUF of the llama family")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"separated by commas, of {', '.join(KINDS)}")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one to warm up")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of a round, after one to warm up")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--cache", type=Path, default=Path.home() / ".cache" / "sterna", help="for the questions' wheel"
