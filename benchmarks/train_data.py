@@ -19,6 +19,7 @@ from finetune.dataset.packing import pack_bins
 from finetune.dataset.render import Renderer
 from finetune.model.model import TrainModel
 from finetune.packed import Example
+from finetune.rounds.adapter import NUM_SIDES
 from quant.hf_names import hf_name
 from quant.model_file import open_model
 from server.openai.protocol.chat import ChatRequest
@@ -30,7 +31,7 @@ MISFIT_SHARE = 0.7
 """Of the questions that are also asked with tools that do not fit, as in the demonstration."""
 TOKENS_A_STEP = 2048
 """Of the traces', about: a round's setting. Two micro-batches of `SIDE_ROWS` are computed side by side."""
-SIDE_ROWS = 512
+SIDE_ROWS = 1024
 AGENT_TOOLS = 10
 """Tools in the agent's prompt: about 1,500 tokens, the size of a small agent's."""
 
@@ -69,11 +70,13 @@ def _round_steps(examples: Step) -> list[Step]:
         for number, (ids, first_loss) in enumerate(examples)
     ]
     short = [one for one in named if len(one.token_ids) <= SIDE_ROWS]
+    bins = pack_bins(short, SIDE_ROWS, seed=0, epoch=0)
     steps: list[Step] = [[]]
-    for one in pack_bins(short, SIDE_ROWS, seed=0, epoch=0):
+    for at in range(0, len(bins), NUM_SIDES):
         if sum(len(ids) for ids, _ in steps[-1]) >= TOKENS_A_STEP:
             steps.append([])
-        steps[-1] += [examples[int(short[place.example].id)] for place in one.placements]
+        places = [place for one in bins[at : at + NUM_SIDES] for place in one.placements]
+        steps[-1] += [examples[int(short[place.example].id)] for place in places]
     return steps
 
 

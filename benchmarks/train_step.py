@@ -39,8 +39,8 @@ from server.models.catalog import resolve_model
 
 SPEC = LoraSpec(rank=16, alpha=32.0)
 LEARNING_RATE = 1e-4
-MAX_ROWS = {"full": 1024, "traces": 1024, "agent": 2048}
-"""Computed at once. A round takes 1,024, or as many as a longer prompt and what follows it need."""
+MAX_ROWS = 2048
+"""Computed at once, as in a round; more where a longer prompt and what follows it need them."""
 TARGETS = {"full": 1.6, "traces": 3.0, "agent": 5.0}
 MEMORY_TARGET = 0.30
 WARM_UP = 1
@@ -53,7 +53,8 @@ def micro_batches(step: list, max_rows: int) -> list[Packed]:
         weights = np.zeros(len(ids), np.float32)
         weights[first_loss:] = 1
         examples.append(Example(str(number), np.array(ids, np.int32), weights, str(number)))
-    half = max_rows // NUM_SIDES
+    rows = sum(len(one.token_ids) for one in examples)
+    half = min(max_rows, rows) // NUM_SIDES  # so that one has another beside it
     short, long = ([one for one in examples if (len(one.token_ids) > half) == is_long] for is_long in (False, True))
     packed = pack(short, half, seed=0, epoch=0)
     return packed + (pack(long, max(len(one.token_ids) for one in long) + half, seed=0, epoch=0) if long else [])
@@ -121,7 +122,7 @@ def measure(kind: str, path: Path, folder: Path, args: argparse.Namespace) -> di
     model.close()
     steps = make_steps(kind, path, args.cache, num_steps=WARM_UP + args.steps)
     task = {
-        "max_rows": MAX_ROWS[kind],
+        "max_rows": MAX_ROWS,
         "learning_rate": LEARNING_RATE,
         "model": str(path),
         "directory": str(folder / "directory"),
@@ -137,7 +138,7 @@ def measure(kind: str, path: Path, folder: Path, args: argparse.Namespace) -> di
         runs.append((run_worker(own_command), run_worker([sys.executable, peer, file, str(args.threads)])))
     timed = steps[WARM_UP:]
     tokens = sum(len(ids) for step in timed for ids, _ in step)
-    flops = sum(floor_flops(config, step, MAX_ROWS[kind]) for step in timed)
+    flops = sum(floor_flops(config, step, MAX_ROWS) for step in timed)
     return summary(kind, runs, tokens, flops)
 
 

@@ -88,8 +88,10 @@ class FinetuneSettings(BaseModel):
     epochs: Positive = Field(1.0, description="passes over the training data")
     max_steps: Count | None = Field(None, description="optimizer steps at most [as the epochs say]")
     tokens_per_step: Count = Field(2048, description="real tokens of an optimizer step, about")
+    # On the demonstration's traces 2048 computes 11 % fewer rows than 1024, which shares fewer prompts, and leaves none
+    # of them without others beside it; with 1024 that is a third.
     micro_batch_tokens: Count = Field(
-        1024,
+        2048,
         description="rows computed at once, in two halves; training pauses between them (a longer example: alone)",
     )
     structure_weight: Positive = Field(1.0, description="loss weight of a call's braces, quotes and markers")

@@ -35,12 +35,14 @@ class Steps:
         pairs: Sequence[Preference] = (),
         references: Mapping[str, float] | None = None,
         window: int | None = None,
+        num_sides: int = 1,
     ) -> None:
         """A micro-batch is longer where an example is: it and those that share its prompt. `references`: of the pairs,
         by id. `window`: dialogues in a drawn order, so many examples packed together; None: all, which shares most rows
         and makes micro-batches of examples that begin alike. Rounds take None: half a micro-batch holds two traces with
         tools, a call and a refusal of one tool set as often as not, and a window of 64 computes a quarter more rows for
-        steps that are less alike (docs/loop.md)."""
+        steps that are less alike (docs/loop.md). `num_sides`: so many micro-batches of like length are computed beside
+        each other, and come in one step: of those drawn one by one 45 % of the rows would have nothing beside them."""
         self._examples = examples
         self._pairs, self._references = pairs, references or {}
         self._seed = seed
@@ -48,6 +50,7 @@ class Steps:
         self._tokens_per_step = tokens_per_step
         self._is_curriculum = is_curriculum
         self._window = window
+        self._num_sides = num_sides
         self._packed: tuple[int, list[list[Packed]]] = (-1, [])
         counts = [len(self._epoch(number)) for number in range(math.ceil(epochs))]
         if epochs % 1:
@@ -68,18 +71,18 @@ class Steps:
     def _pack(self, epoch: int) -> list[list[Packed]]:
         steps: list[list[Packed]] = [[]]
         num_tokens = 0
-        for one in self._in_order(epoch) if self._is_curriculum else self._mixed(epoch):
+        for group in self._in_order(epoch) if self._is_curriculum else self._mixed(epoch):
             if num_tokens >= self._tokens_per_step:
                 steps.append([])
                 num_tokens = 0
-            steps[-1].append(one)
-            num_tokens += one.num_real_tokens
+            steps[-1] += group
+            num_tokens += sum(one.num_real_tokens for one in group)
         if len(steps) > 1 and num_tokens < self._tokens_per_step / 2:  # a step of a few tokens is noise
             last = steps.pop()  # not `steps[-2] += steps.pop()`, which stores into what is then another step
             steps[-1] += last
         return [normalized(step) for step in steps]
 
-    def _mixed(self, epoch: int) -> list[Packed]:
+    def _mixed(self, epoch: int) -> list[list[Packed]]:
         limit = self._micro_batch_tokens
         long = [one for one in self._examples if len(one.token_ids) > limit]
         short = [one for one in self._examples if len(one.token_ids) <= limit]
@@ -89,8 +92,23 @@ class Steps:
         if long:  # runs of an agent share a prompt that may be longer than a micro-batch: there is room for their ends
             packed += pack(long, max(len(one.token_ids) for one in long) + limit, seed=self._seed, epoch=epoch)
         packed += self._packed_pairs(epoch)
-        order = shuffled([f"micro-batch {number}" for number in range(len(packed))], seed=self._seed, epoch=epoch)
-        return _evenly([packed[index] for index in order])
+        groups = self._groups(packed)
+        order = shuffled([f"micro-batch {number}" for number in range(len(groups))], seed=self._seed, epoch=epoch)
+        return _evenly([groups[index] for index in order])
+
+    def _groups(self, packed: Sequence[Packed]) -> list[list[Packed]]:
+        """Of `num_sides` micro-batches, by length, as many rows together as they may have."""
+        if self._num_sides == 1:
+            return [[one] for one in packed]
+        groups: list[list[Packed]] = []
+        room = 0
+        for one in sorted(packed, key=lambda one: -len(one.token_ids)):
+            if not groups or len(groups[-1]) == self._num_sides or len(one.token_ids) > room:
+                groups.append([])
+                room = self._num_sides * self._micro_batch_tokens
+            groups[-1].append(one)
+            room -= len(one.token_ids)
+        return groups
 
     def _by_dialogue(self, examples: Sequence[Example], epoch: int) -> list[Example]:
         """In a drawn order, a dialogue's turns ("name:0", "name:1") together."""
@@ -100,13 +118,14 @@ class Steps:
         turns = list(dialogues.values())
         return [one for place in shuffled(list(dialogues), seed=self._seed, epoch=epoch) for one in turns[place]]
 
-    def _in_order(self, epoch: int) -> list[Packed]:
+    def _in_order(self, epoch: int) -> list[list[Packed]]:
         ids = [one.id for one in self._examples]
         order = curriculum(difficulty(self._examples), ids, seed=self._seed, epoch=epoch)
         limit = max(self._micro_batch_tokens, *(len(one.token_ids) for one in self._examples), 1)
         examples = [self._examples[index] for index in order]
         packed = pack(examples, limit, seed=self._seed, epoch=epoch, window=CURRICULUM_WINDOW)
-        return packed + self._packed_pairs(epoch)  # last: telling right from nearly right is the hardest
+        packed += self._packed_pairs(epoch)  # last: telling right from nearly right is the hardest
+        return [packed[at : at + self._num_sides] for at in range(0, len(packed), self._num_sides)]
 
     def _packed_pairs(self, epoch: int) -> list[Packed]:
         return pack_pairs(self._pairs, self._micro_batch_tokens, self._references, seed=self._seed, epoch=epoch)
@@ -129,14 +148,20 @@ def normalized(step: Sequence[Packed]) -> list[Packed]:
     ]
 
 
-def _evenly(packed: Sequence[Packed]) -> list[Packed]:
-    """Micro-batches that are mostly KL spread among the others, one of the others first: steps are alike then, and the
-    loss of the first one, by which a loss that runs away is told, is no KL at the base (which is 0)."""
-    is_kl = [bool(one.loss_weights[one.loss_kl].sum() > one.loss_weights.sum() / 2) for one in packed]
-    num_kl, num_ce = sum(is_kl), len(packed) - sum(is_kl)
+def _evenly(groups: Sequence[list[Packed]]) -> list[list[Packed]]:
+    """What is mostly KL spread among the others, one of the others first: steps are alike then, and the loss of the
+    first one, by which a loss that runs away is told, is no KL at the base (which is 0)."""
+    is_kl = [_kl_share(group) > 1 / 2 for group in groups]
+    num_kl, num_ce = sum(is_kl), len(groups) - sum(is_kl)
     places: list[float] = []
     seen = [0, 0]
     for kl in is_kl:
         places.append((seen[1] + 1) / num_kl if kl else seen[0] / num_ce)
         seen[kl] += 1
-    return [packed[index] for index in sorted(range(len(packed)), key=lambda index: (places[index], index))]
+    return [groups[index] for index in sorted(range(len(groups)), key=lambda index: (places[index], index))]
+
+
+def _kl_share(group: Sequence[Packed]) -> float:
+    """Of the loss weight."""
+    kl = sum(float(one.loss_weights[one.loss_kl].sum()) for one in group)
+    return kl / sum(float(one.loss_weights.sum()) for one in group)

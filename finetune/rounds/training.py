@@ -182,6 +182,7 @@ def round_steps(lessons: Lessons, references: Mapping[str, float], own: Finetune
         tokens_per_step=own.tokens_per_step,
         max_steps=own.max_steps,
         is_curriculum=own.curriculum,
+        num_sides=NUM_SIDES,
     )
 
 

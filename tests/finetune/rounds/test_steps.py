@@ -45,6 +45,21 @@ def test_a_last_step_of_a_few_tokens_goes_to_the_one_before() -> None:
     assert len(set(ids)) == 10, "each once"
 
 
+@pytest.mark.parametrize("is_curriculum", [False, True])
+def test_micro_batches_come_in_twos(is_curriculum: bool) -> None:
+    given = examples(*range(10, 90))
+    made = steps(given, num_sides=2, is_curriculum=is_curriculum)
+    batches = [made(step) for step in range(made.num_steps)]
+    assert sum(one.num_examples for step in batches for one in step) == 80
+    assert all(len(step) % 2 == 0 for step in batches[:-1]), "only one of an odd number is alone"
+
+
+def test_those_beside_each_other_are_of_like_length() -> None:
+    made = steps(examples(*([50] * 4 + [95] * 4 + [180])), num_sides=2, tokens_per_step=1)
+    pairs = [tuple(len(one.token_ids) for one in made(step)) for step in range(made.num_steps)]
+    assert sorted(pairs) == [(95, 95), (95, 95), (100, 100), (180,)], "50 and 50 share a micro-batch"
+
+
 def test_a_longer_example_is_alone() -> None:
     made = steps(examples(20, 30, 250, 40))
     whole = [one for step in range(made.num_steps) for one in made(step)]
