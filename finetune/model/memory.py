@@ -169,14 +169,15 @@ def _layer_bytes(config: ModelConfig, spec: LoraSpec, options: ModelOptions, num
         for name in names
         if name in spec.targets
     )
-    kept = 2 * hidden * residual + (2 * queries + 2 * keys + 2 * ffn + ranks) * narrow
+    scores = wide if options.upcast else narrow
+    # The residual stream twice; Q and K as scores are computed from them; V, attention's result, gate and up.
+    kept = 2 * hidden * residual + (queries + keys) * scores + (queries + keys + 2 * ffn + ranks) * narrow
     if config.qk_norm:
         kept += (queries + keys) * (narrow + wide // config.head_dim)
     # Backward of the MLP: gradients of gate, up and the activation, and it once more, silu and a product besides.
     mlp = 6 * ffn * narrow + 3 * hidden * residual
-    # Backward of attention: Q, K and their gradients wide, and narrow once more; a tile's scores and three like them.
-    scores = wide if options.upcast else narrow
-    attention = (2 * queries + 3 * keys) * wide + (4 * queries + 3 * keys) * narrow + 3 * hidden * residual
+    # Backward of attention: gradients of Q, K and V wide, and narrow once more; a tile's scores and three like them.
+    attention = (2 * queries + 2 * keys) * wide + (4 * queries + 3 * keys) * narrow + 3 * hidden * residual
     longest_tile = max(MAX_SCORES, config.num_heads * num_tokens)
     tile = min(longest_tile, config.num_heads * num_tokens * min(MAX_QUERIES, num_tokens)) * 4 * scores
     return kept * num_tokens, max(mlp * num_tokens, attention * num_tokens + tile)

@@ -1,9 +1,10 @@
 """Rotary embedding and attention over a packed sequence, block-sparse both ways; grouped queries, shared prefixes.
 
 Tile by tile (attention_tiles.py): scores against the ancestors' keys and the own ones, softmax, values. The backward
-pass turns Q and K and computes the probabilities again, so that only the projections' result is kept; gradients of a
-prefix's keys and values add up over the branches in float32, and go back through the inverse rotation. The rotation is
-float32 for bf16 inputs (float64 for float64); scores are what the layout says, their softmax sums in float32 always.
+pass computes the probabilities again: Q, K and V are kept as the tiles read them, turned, and not as they came, which
+is as much; gradients of a prefix's keys and values add up over the branches in float32, and go back through the inverse
+rotation. The rotation is float32 for bf16 inputs (float64 for float64); scores are what the layout says, their softmax
+sums in float32 always.
 Why not F.scaled_dot_product_attention: on a CPU its backward takes 2 to 3 times as long as these products (bf16, heads
 of 64: 13 ms for 4 x 256 rows), and it knows no prefix that branches share.
 Shapes: q (T, heads, D), k and v (T, kv_heads, D); inside, H is kv_heads, g query heads share one of them, and there are
@@ -45,19 +46,20 @@ class Attention(torch.autograd.Function):
             own = slice(tile.start * group, (tile.start + tile.num_queries) * group)
             p = _probabilities(queries[:, own], _gather(keys, tile), masks, tile)
             torch.bmm(p.to(v.dtype), _gather(values, tile), out=out[:, own])
-        ctx.save_for_backward(q, k, v)
-        ctx.layout = layout
-        return _by_row(out[:, : q.shape[0] * group], q)
+        ctx.save_for_backward(queries, keys, values)
+        ctx.layout, ctx.shapes = layout, (q.shape, k.shape)
+        return _by_row(out[:, : q.shape[0] * group], q.shape, q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        q, k, v = ctx.saved_tensors
+        queries, keys, values = ctx.saved_tensors
         layout: Layout = ctx.layout
-        queries, keys, values = _turned_queries(q, k, layout), _turned_keys(k, layout), _by_head(v, v.dtype)
-        narrow_queries, narrow_keys = queries.to(q.dtype), keys.to(q.dtype)
-        group, masks = q.shape[1] // k.shape[1], _Masks(queries)
-        d_out = _grouped(grad, k.shape[1], grad.dtype)
+        (num_rows, num_heads, width), by_keys = ctx.shapes
+        dtype = values.dtype
+        narrow_queries, narrow_keys = queries.to(dtype), keys.to(dtype)
+        group, masks = num_heads // by_keys[1], _Masks(queries)
+        d_out = _grouped(grad, by_keys[1], grad.dtype)
         wide = layout.cos.dtype
         dq = torch.empty_like(narrow_queries)
         dk, dv = torch.zeros_like(keys, dtype=wide), torch.zeros_like(keys, dtype=wide)
@@ -66,17 +68,18 @@ class Attention(torch.autograd.Function):
             p = _probabilities(queries[:, own], _gather(keys, tile), masks, tile)
             p[:, (tile.end - tile.start) * group :] = 0  # queries too many: their keys and values get nothing
             dp = torch.bmm(d_out[:, own], _gather(values, tile).transpose(1, 2)).to(p.dtype)
-            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(q.dtype)  # p * (dp - sum(p * dp)); masked: p is 0
-            _add_rows(dv, tile, torch.bmm(p.to(v.dtype).transpose(1, 2), d_out[:, own]))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype).to(dtype)  # p * (dp - sum(p * dp)); masked: p is 0
+            _add_rows(dv, tile, torch.bmm(p.to(dtype).transpose(1, 2), d_out[:, own]))
             _add_rows(dk, tile, torch.bmm(ds.transpose(1, 2), narrow_queries[:, own]))
             torch.bmm(ds, _gather(narrow_keys, tile), out=dq[:, own])
-        dq = dq[:, : q.shape[0] * group].to(wide)
-        scaled = _angles(layout, group, q.shape[-1] ** -0.5)
+        dq = dq[:, : num_rows * group].to(wide)
+        scaled = _angles(layout, group, width**-0.5)
         rotate(dq, *scaled, inverse=True)
-        _scale_rest(dq, scaled[0], q.shape[-1] ** -0.5)
+        _scale_rest(dq, scaled[0], width**-0.5)
         dk, dv = _inner(dk), _inner(dv)
         rotate(dk, *_angles(layout, 1, 1.0), inverse=True)
-        return _by_row(dq, q), _by_row(dk, k), _by_row(dv, v), None
+        by_queries = (num_rows, num_heads, width)
+        return _by_row(dq, by_queries, dtype), _by_row(dk, by_keys, dtype), _by_row(dv, by_keys, dtype), None
 
 
 class _Masks:
@@ -113,10 +116,10 @@ def _inner(x: torch.Tensor) -> torch.Tensor:
     return x[:, KEY_STEP:-QUERY_STEP]
 
 
-def _by_row(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(H, T * g, D) as (T, heads, D), in the type of `like`."""
-    split = x.unflatten(1, (like.shape[0], -1)).transpose(0, 1)
-    return split.to(like.dtype, memory_format=torch.contiguous_format, copy=True).view(like.shape)
+def _by_row(x: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """(H, T * g, D) as `shape`: (T, heads, D)."""
+    split = x.unflatten(1, (shape[0], -1)).transpose(0, 1)
+    return split.to(dtype, memory_format=torch.contiguous_format, copy=True).view(shape)
 
 
 def _angles(layout: Layout, group: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
