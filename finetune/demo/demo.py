@@ -53,8 +53,8 @@ class Options:
     seed: int = 0
     questions: Sequence[Question] | None = None
     """Instead of the leaderboard's: a test has its own."""
-    misfit_share: float = 0.7
-    """Of the questions that are also asked with tools that do not fit: with ordinary chat, four of ten requests."""
+    misfit_share: float = 0.35
+    """Of the questions that are also asked with tools that do not fit: with ordinary chat, three of ten requests."""
     num_chats: int | None = None
     """None: all that we have."""
     tools: Recipe = TOOLS
