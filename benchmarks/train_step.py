@@ -32,6 +32,7 @@ from finetune.model.model import TrainModel
 from finetune.model.peft import export_peft, import_peft
 from finetune.packed import Example, Packed
 from finetune.rounds.adapter import NUM_SIDES, Adapter, Keyed, side_by_side
+from finetune.train.adamw import AdamW
 from quant.model_types import ModelConfig
 from server.config import DEFAULT_MODEL, Settings
 from server.machine import peak_bytes
@@ -66,7 +67,8 @@ def ours(task: dict[str, Any], threads: int) -> dict[str, Any]:
     model = TrainModel.open(task["model"], SPEC)
     import_peft(model, task["adapter"])
     adapter = Adapter(model)
-    optimizer = torch.optim.AdamW(model.parameters().values(), lr=LEARNING_RATE)
+    # The values that the peer's torch.optim.AdamW has by default.
+    optimizer = AdamW(list(model.parameters().values()), LEARNING_RATE, (0.9, 0.999), weight_decay=0.01)
     seconds, losses = [], []
     for step in task["steps"]:
         parts = [Keyed(part, number) for number, part in enumerate(micro_batches(step, task["max_rows"]))]
@@ -75,7 +77,8 @@ def ours(task: dict[str, Any], threads: int) -> dict[str, Any]:
         normalizer = sum(adapter.weight_of(batch) for batch in batches)
         loss = sum(adapter.backward(batch, normalizer) for batch in batches)
         optimizer.step()
-        optimizer.zero_grad()
+        for parameter in model.parameters().values():
+            parameter.grad = None
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
     peak = peak_bytes() >> 20

@@ -208,7 +208,8 @@ def _finish(model: QatModel, begin: _Begin, out: Path, kind: GGMLType, tools: To
 
 def _plan(model: QatModel, lessons: Lessons, settings: QatSettings) -> MemoryPlan:
     most = max(settings.micro_batch_tokens, *(len(one.token_ids) for one in lessons.examples))
-    torch.optim.AdamW([torch.ones(1, requires_grad=True)])  # imports torch._dynamo: 70 MB
+    if settings.optimizer == "muon":
+        torch.optim.Muon([torch.ones(1, 1, requires_grad=True)])  # imports torch._dynamo: 70 MB
     epoch = settings.model_copy(update={"epochs": 1.0})
     steps = phase_steps(Phase(Path(), lessons.examples, ()), epoch)  # its micro-batches: 100 MB of 80,000 examples
     num_steps = min(math.ceil(steps.num_steps * settings.epochs), settings.max_steps or sys.maxsize)

@@ -1,4 +1,4 @@
-"""torch's AdamW and Muon over named parameters, with a state that goes into safetensors and comes back bit for bit.
+"""AdamW and torch's Muon over named parameters, with a state that goes into safetensors and comes back bit for bit.
 
 Muon (orthogonalized momentum, Jordan 2024) is for hidden matrices: whatever is not two-dimensional, and what the caller
 names (embeddings, the head), stays with AdamW. Muon's steps are scaled to match AdamW's RMS (arXiv:2502.16982), so that
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import TrainingError
+from finetune.train.adamw import AdamW
 from finetune.train.ranks import Alone, Ranks
 from finetune.train.settings import TrainSettings
 
@@ -26,12 +27,19 @@ class _Part:
     """`rate`: times the learning rate."""
 
     names: list[str]
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW | torch.optim.Muon
     rate: float = 1.0
+
+    def set_rate(self, learning_rate: float) -> None:
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.learning_rate = learning_rate * self.rate
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * self.rate
 
 
 class NamedOptimizer:
-    """torch's optimizers as one. `adamw_names`: matrices that Muon is not for; `rates`: times the rate, by name [1]."""
+    """Both as one. `adamw_names`: matrices that Muon is not for; `rates`: times the rate, by name [1]."""
 
     def __init__(
         self,
@@ -62,18 +70,17 @@ class NamedOptimizer:
 
     def _optimizer(
         self, names: list[str], settings: TrainSettings, is_muon: bool, is_decayed: bool
-    ) -> torch.optim.Optimizer:
+    ) -> AdamW | torch.optim.Muon:
         tensors = [self._parameters[name] for name in names]
         decay = settings.weight_decay if is_decayed else 0.0
         if is_muon:
             return torch.optim.Muon(tensors, settings.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         betas = (settings.beta1, settings.beta2)
-        return torch.optim.AdamW(tensors, settings.learning_rate, betas, weight_decay=decay)
+        return AdamW(tensors, settings.learning_rate, betas, weight_decay=decay)
 
     def step(self, learning_rate: float) -> None:
         for part in self._parts:
-            for group in part.optimizer.param_groups:
-                group["lr"] = learning_rate * part.rate
+            part.set_rate(learning_rate)
             part.optimizer.step()
         for rank, names in enumerate(self._muon):
             if names:
@@ -96,8 +103,8 @@ class NamedOptimizer:
         """`<parameter>/<moment>` -> tensor, whole on rank 0. All ranks have to ask together."""
         state: dict[str, Tensor] = {}
         for part in self._parts:
-            for name, tensor in zip(part.names, part.optimizer.param_groups[0]["params"], strict=True):
-                for key, value in part.optimizer.state[tensor].items():
+            for name in part.names:
+                for key, value in part.optimizer.state.get(self._parameters[name], {}).items():
                     state[f"{name}/{key}"] = value.detach().clone().contiguous()
         for rank, names in enumerate(self._muon[1:], 1):
             moments = {
@@ -120,6 +127,9 @@ class NamedOptimizer:
                 raise TrainingError(f"the checkpoint's optimizer has a state for {name}, which is not trained here")
             by_name[name][moment] = value
         for part in self._parts:
+            if isinstance(part.optimizer, AdamW):
+                part.optimizer.state = {self._parameters[name]: by_name[name] for name in part.names if by_name[name]}
+                continue
             content: dict[str, Any] = part.optimizer.state_dict()
             content["state"] = {index: by_name[name] for index, name in enumerate(part.names) if by_name[name]}
             part.optimizer.load_state_dict(content)
