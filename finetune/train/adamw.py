@@ -1,7 +1,7 @@
 """AdamW by torch's functional form, fused.
 
-`torch.optim.AdamW` computes the same, but the first call of any `torch.optim.Optimizer` imports torch._dynamo: 80 MB and
-a second, for a compiler that nothing here uses. State has torch's names, so that checkpoints are read either way.
+`torch.optim.AdamW` computes the same, but the first call of any `torch.optim.Optimizer` imports torch._dynamo: 80 MB
+and a second, for a compiler that nothing here uses. State has torch's names: checkpoints are read either way.
 """
 
 from collections.abc import Sequence
