@@ -45,6 +45,9 @@ def ended_episodes(
         found = _starts(database, arms, after_seq)
         for start in found:
             rows = _traces(database, arms, start.episode_seq, start.first)
+            if not rows:  # deleted since
+                after_seq = start.first
+                continue
             is_over = now - rows[-1].created_at >= idle or now - rows[0].created_at >= MAX_IDLES * idle
             if not is_over:
                 return

@@ -14,7 +14,9 @@ from finetune.rounds.watching import Watched, Watcher, stored_watches
 from server.adapters.states import State
 from server.adapters.version import NewVersion, VersionRef
 from server.storage.database import Database
+from server.traces.deletion import TraceDeletion
 from server.traces.feedback import Feedback, FeedbackStore, Target
+from server.traces.filters import TraceFilter
 from server.traces.record import Answer, TraceRecord
 from server.traces.store import TraceStore
 from server.traces.viewer import ADMIN
@@ -226,6 +228,15 @@ def test_which_episodes_count(bench: Bench) -> None:
     assert [(one.is_new, one.stratum) for one in found] == [(True, "add"), (False, "add"), (False, "no tools")]
     assert found[2].call_rate is None
     assert [one.position for one in episodes(bench, after=found[0].position)] == [one.position for one in found[1:]]
+
+
+def test_an_episode_that_is_deleted_while_others_are_read(bench: Bench) -> None:
+    bench.store.write([bench.record(NEW), bench.record(NEW, user_id="eve"), bench.record(OLD)])
+    arms = Arms("tools", str(NEW), str(OLD), 0.5)
+    found = ended_episodes(bench.database, arms, after_seq=0, idle=IDLE, now=bench.now)
+    assert next(found).is_new
+    assert len(TraceDeletion(bench.database).delete(ADMIN, TraceFilter(user_id="eve"))) == 1
+    assert [one.is_new for one in found] == [False]
 
 
 def test_an_open_episode_holds_back_those_after_it(bench: Bench) -> None:
