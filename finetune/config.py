@@ -87,7 +87,9 @@ class FinetuneSettings(BaseModel):
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="wsd: warm-up, stable, decay")
     epochs: Positive = Field(1.0, description="passes over the training data")
     max_steps: Count | None = Field(None, description="optimizer steps at most [as the epochs say]")
-    tokens_per_step: Count = Field(2048, description="real tokens of an optimizer step, about")
+    tokens_per_step: Count = Field(
+        2048, description="real tokens of an optimizer step, about; two halves of micro-batch-tokens at least"
+    )
     # On the demonstration's traces 2048 computes 11 % fewer rows than 1024, which shares fewer prompts, and leaves none
     # of them without others beside it; with 1024 that is a third.
     micro_batch_tokens: Count = Field(

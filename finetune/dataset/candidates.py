@@ -93,6 +93,7 @@ class Candidates:
             prompt_ids=rendered.prompt_ids,
             answer_ids=rendered.answer_ids,
             classes=class_digits(rendered.classes),
+            key_id=trace.key_id,
         )
 
     def _is_expiring(self, trace: LoggedTrace) -> bool:

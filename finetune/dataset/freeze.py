@@ -7,11 +7,11 @@ one step: whoever is killed in between leaves nothing that anybody sees.
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO
 
 from finetune.dataset.candidates import Candidates
 from finetune.dataset.errors import NothingToLearnError
@@ -21,13 +21,11 @@ from finetune.dataset.near import NearTexts, near_groups, same_groups
 from finetune.dataset.render import Renderer
 from finetune.dataset.replay import replay_rows
 from finetune.dataset.rows import ExampleRow, HeldOutRow, canonical_json, example_row, to_line
-from finetune.dataset.shares import key_limit, scan_limit
+from finetune.dataset.shares import key_limit, newest_of_each, scan_limit
 from finetune.dataset.snapshot import FILES, FORMAT, MANIFEST, Manifest, Part, Selection, Snapshot, folder_name
 from finetune.dataset.source import count_by_key, count_traces, last_seq, read_traces
 from server.storage.database import Database
 from server.traces.lineage import Lineage
-
-_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +114,11 @@ def _held_out(
     database: Database, candidates: Candidates, until: int, until_feedback: int | None, dropped: Counter[Drop]
 ) -> tuple[NearTexts, list[HeldOutRow]]:
     """The questions that nothing near to may be trained on (of every held-out trace: what has no label today may have
-    one tomorrow), and the rows, oldest first: of more than fit gold, which alone decides, then the newest. No key gives
-    more than its share of the gold: whoever may say what is right must not become the only judge."""
+    one tomorrow), and the rows, oldest first: of more than fit gold, which alone decides, then the newest. No key fills
+    what there is room for: the gate is to have others' labels too."""
     selection = candidates.selection
     near, known = NearTexts(selection.near_threshold), set()
-    gold: list[tuple[str, HeldOutRow]] = []
+    gold: list[HeldOutRow] = []
     others: list[HeldOutRow] = []
     share, floor = selection.max_key_share, selection.min_key_examples
     num_keys = len(count_by_key(database, selection.adapter, "held_out", until_seq=until))
@@ -147,13 +145,11 @@ def _held_out(
             dropped[Drop.KEY_SHARE] += 1
         else:
             counts[trace.key_id] += 1
-            gold.append((trace.key_id, row))
-    limit = key_limit(counts, max_share=share, min_count=floor)
-    rows = [row for _, row in _within_shares(gold, limit, lambda one: one[0], dropped)]
-    room = selection.max_held_out - len(rows)
+            gold.append(row)
+    room = selection.max_held_out - len(gold)
     if len(others) > room:
         dropped[Drop.OVER_BUDGET] += len(others) - room
-    rows = sorted([*rows, *others[:room]], key=lambda row: row.seq)
+    rows = sorted([*gold, *others[:room]], key=lambda row: row.seq)
     return near, _with_clusters(rows, selection.near_threshold)
 
 
@@ -203,23 +199,15 @@ def _train(
             kept.append(_Kept(trace.seq, turn, trace.key_id, spool.tell(), len(line)))
             spool.write(line)
         counts[trace.key_id] += len(rows)
-    kept = _within_shares(kept, key_limit(counts, max_share=share, min_count=floor), lambda one: one.key_id, dropped)
-    return sorted(kept, key=lambda one: (one.seq, one.turn)), reached
+    return _within_shares(kept, key_limit(counts, max_share=share, min_count=floor), dropped), reached
 
 
-def _within_shares(
-    newest_first: Sequence[_Row], limit: int, key_of: Callable[[_Row], str], dropped: Counter[Drop]
-) -> list[_Row]:
-    """The newest of each key stay."""
-    counts: Counter[str] = Counter()
-    chosen = []
-    for one in newest_first:
-        counts[key_of(one)] += 1
-        if counts[key_of(one)] <= limit:
-            chosen.append(one)
-        else:
-            dropped[Drop.KEY_SHARE] += 1
-    return chosen
+def _within_shares(kept: Sequence[_Kept], limit: int, dropped: Counter[Drop]) -> list[_Kept]:
+    """`kept`: newest first. The newest of each key stay."""
+    chosen = newest_of_each(kept, lambda one: one.key_id, limit)
+    if len(chosen) < len(kept):
+        dropped[Drop.KEY_SHARE] += len(kept) - len(chosen)
+    return sorted(chosen, key=lambda one: (one.seq, one.turn))
 
 
 def _spooled(spool: IO[bytes], kept: Sequence[_Kept]) -> Iterator[ExampleRow]:

@@ -69,6 +69,7 @@ class HeldOutRow:
     prompt_ids: Sequence[int]
     answer_ids: Sequence[int]  # of `target`
     classes: str
+    key_id: str = ""  # of who asked
 
     @property
     def trace_id(self) -> str:

@@ -18,6 +18,7 @@ from finetune.dataset.jsonl import PARTIAL, Written, digest_of, read_lines
 from finetune.dataset.near import THRESHOLD
 from finetune.dataset.render import Identity
 from finetune.dataset.rows import ExampleRow, HeldOutRow, canonical_json, example_row, held_out_row
+from finetune.dataset.shares import MAX_SHARE, MIN_COUNT
 from server.storage.database import Database
 from server.traces.lineage import Lineage
 
@@ -51,8 +52,8 @@ class Selection:
     max_scanned: int = 100_000
     """Traces of each side that are looked at, newest first."""
     max_replay: int = 2_000
-    max_key_share: float = 0.5
-    min_key_examples: int = 200
+    max_key_share: float = MAX_SHARE
+    min_key_examples: int = MIN_COUNT
     near_threshold: float = THRESHOLD
 
 

@@ -2,9 +2,9 @@
 
 Tile by tile (attention_tiles.py): scores against the ancestors' keys and the own ones, softmax, values. The backward
 pass computes the probabilities again: Q, K and V are kept as the tiles read them, turned, and not as they came, which
-is as much; gradients of a prefix's keys and values add up over the branches in float32, and go back through the inverse
-rotation. The rotation is float32 for bf16 inputs (float64 for float64); scores are what the layout says, their softmax
-sums in float32 always.
+is as much (float32 scores: Q and K twice as much); gradients of a prefix's keys and values add up over the branches in
+float32, and go back through the inverse rotation. The rotation is float32 for bf16 inputs (float64 for float64); scores
+are what the layout says, their softmax sums in float32 always.
 Why not F.scaled_dot_product_attention: on a CPU its backward takes 2 to 3 times as long as these products (bf16, heads
 of 64: 13 ms for 4 x 256 rows), and it knows no prefix that branches share.
 Shapes: q (T, heads, D), k and v (T, kv_heads, D); inside, H is kv_heads, g query heads share one of them, and there are

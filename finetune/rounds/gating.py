@@ -7,12 +7,14 @@ Not here: how answers are compared and decided on (finetune/gate), what comes of
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetune.dataset.render import chat_request
 from finetune.dataset.rows import HeldOutRow
+from finetune.dataset.shares import MAX_SHARE, MIN_COUNT, key_limit, newest_of_each, scan_limit
 from finetune.dataset.snapshot import Snapshot
 from finetune.gate.decision import Decision, decide, evidence_of
 from finetune.gate.expected import BadLabelError, Expected, expected_from_bfcl, expected_from_message
@@ -48,7 +50,8 @@ def run_gate(
     models, history = (str(candidate), opponent), decided(earlier)  # this round's own earlier attempts among them
     with_tools = [row for row in snapshot.held_out() if row.kind != "chat"]
     labelled = [one for row in with_tools if (one := _labelled(row)) is not None]
-    fresh = _newest(history.fresh(labelled), max_traces)  # of a stale trace no answer would count
+    # Of a stale trace no answer would count.
+    fresh = _newest(_within_shares(history.fresh(labelled), max_traces), max_traces)
     scores = None
     if evidence_of(fresh, history).missing(settings):  # nothing is asked: the traces stay fresh
         pairs = [_pair(one, _UNANSWERED, _UNANSWERED, ()) for one in fresh]
@@ -127,6 +130,19 @@ class _Labelled:
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
         return self.row.request.get("tools") or ()
+
+
+def _within_shares(traces: Sequence[_Labelled], budget: int) -> list[_Labelled]:
+    """In their order. No key gives more than its share of the gold that will be asked: who may say what is right of the
+    own traces is not to be the only judge."""
+    gold = [one for one in traces if one.is_gold]
+    counts = Counter(one.row.key_id for one in gold)
+    limit = min(
+        key_limit(counts, max_share=MAX_SHARE, min_count=MIN_COUNT),
+        scan_limit(len(counts), budget, max_share=MAX_SHARE, min_count=MIN_COUNT),
+    )
+    kept = newest_of_each(gold[::-1], lambda one: one.row.key_id, limit)
+    return sorted([*kept, *(one for one in traces if not one.is_gold)], key=lambda one: one.position)
 
 
 def _newest(traces: Sequence[_Labelled], limit: int) -> list[_Labelled]:

@@ -29,6 +29,7 @@ from finetune.rounds.work import Work
 from finetune.serving.api import ServerApi
 from finetune.serving.http import Http
 from finetune.sidecar.pause import Pause
+from server.adapters.registry import Registry
 from server.config import Remote, Settings
 from server.errors import ConfigError
 from server.machine import physical_cores
@@ -66,10 +67,10 @@ class Runner:
         Raises UnknownAdapterError, CanaryHeldError, LeaseHeldError, StoppedError, LeaseLostError,
         ServerUnavailableError.
         """
-        self.check_known(adapter)
         with held(self.database, adapter, is_waiting=is_waiting, on_wait=on_wait, sleep=self.sleep) as lease:
             round = self.store.unfinished(adapter)
             if round is None:
+                self.check_known(adapter)
                 if (canary := self.undecided(adapter)) is not None:
                     raise CanaryHeldError(
                         f"{canary} is a canary and undecided: a round begins once it is live or rejected "
@@ -104,7 +105,7 @@ class Runner:
 
     def check_known(self, adapter: str) -> None:
         """Raises UnknownAdapterError. What was imported for a name may be learned from before there is an adapter."""
-        known = self.api.adapter_names()
+        known = [one.name for one in Registry(self.database).adapters()]
         if adapter not in known and not has_traces(self.database, adapter):
             raise UnknownAdapterError(
                 f"there is no adapter '{adapter}', and no trace in the log is of one; adapters here: "

@@ -32,7 +32,7 @@ class AdamW:
         states = [self._state_of(tensor) for tensor in moved]
         adamw(
             moved,
-            [tensor.grad for tensor in moved if tensor.grad is not None],
+            [tensor.grad.contiguous() for tensor in moved if tensor.grad is not None],  # it reads memory, not strides
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],

@@ -125,7 +125,7 @@ class NamedOptimizer:
             name, _, moment = key.rpartition("/")
             if name not in by_name:
                 raise TrainingError(f"the checkpoint's optimizer has a state for {name}, which is not trained here")
-            by_name[name][moment] = value
+            by_name[name][moment] = value.to(self._parameters[name].device)
         for part in self._parts:
             if isinstance(part.optimizer, AdamW):
                 part.optimizer.state = {self._parameters[name]: by_name[name] for name in part.names if by_name[name]}

@@ -283,18 +283,17 @@ def test_the_budget_takes_the_newest(log: Log, renderer: Renderer, tmp_path: Pat
     assert dropped(snapshot, "held_out") == {"over_budget": 4}
 
 
-def test_one_key_cannot_judge_alone(log: Log, renderer: Renderer, tmp_path: Path) -> None:
+def test_one_key_does_not_fill_what_is_held_out(log: Log, renderer: Renderer, tmp_path: Path) -> None:
     log.teach(20)
     for number in range(3):
         log.teach(number, key_id="honest", side="held_out")
     for number in range(3, 11):
         log.teach(number, key_id="flood", side="held_out")
-    thumbs = log.ask(question(11), key_id="flood", side="held_out")
-    log.judge(thumbs, score=1.0, source="thumbs")
-    snapshot = frozen(log, renderer, tmp_path, min_key_examples=2)
-    judged = [row.question for row in snapshot.held_out()]
-    assert judged == [question(number) for number in (0, 1, 2, 8, 9, 10, 11)], "the newest; what is not gold is not cut"
-    assert dropped(snapshot, "held_out") == {"key_share": 5}
+    snapshot = frozen(log, renderer, tmp_path, min_key_examples=2, max_held_out=8)
+    kept = [(row.question, row.key_id) for row in snapshot.held_out()]
+    assert [one for one, key in kept if key == "honest"] == [question(number) for number in range(3)]
+    assert [one for one, key in kept if key == "flood"] == [question(number) for number in range(7, 11)], "the newest"
+    assert dropped(snapshot, "held_out") == {"key_share": 4}
 
 
 def test_of_more_held_out_traces_than_fit_gold_stays(log: Log, renderer: Renderer, tmp_path: Path) -> None:

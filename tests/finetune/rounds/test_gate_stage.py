@@ -317,6 +317,18 @@ def test_the_newest_gold_is_asked_before_anything_else(bench: Bench) -> None:
     assert decision.newest_position == max(row.seq for row in others)
 
 
+def test_one_key_cannot_judge_alone(bench: Bench) -> None:
+    """However much newer its own labels are than the others'."""
+    bench.answers["tools@1"] = good
+    bench.take_in()
+    honest = [replace(one, key_id="honest") for one in questions(1, 200, 100)]
+    flood = [replace(one, key_id="flood") for one in questions(301, 400, 200)]
+    bench.gate([*honest, *flood], max_traces=500)
+    asked = [body["messages"][-1]["content"] for model, body in bench.server.questions if model == "tools@1"]
+    numbers = sorted(int(text.split()[1]) for text in asked)
+    assert numbers == [*range(51, 301), *range(651, 901)], "the newest 250 of each"
+
+
 def test_the_same_weights_again(bench: Bench) -> None:
     bench.take_in()
     bench.gate(questions())

@@ -47,11 +47,21 @@ def test_a_last_step_of_a_few_tokens_goes_to_the_one_before() -> None:
 
 @pytest.mark.parametrize("is_curriculum", [False, True])
 def test_micro_batches_come_in_twos(is_curriculum: bool) -> None:
-    given = examples(*range(10, 90))
-    made = steps(given, num_sides=2, is_curriculum=is_curriculum)
-    batches = [made(step) for step in range(made.num_steps)]
-    assert sum(one.num_examples for step in batches for one in step) == 80
-    assert all(len(step) % 2 == 0 for step in batches[:-1]), "only one of an odd number is alone"
+    for seed in range(8):
+        made = steps(examples(*range(10, 91)), num_sides=2, is_curriculum=is_curriculum, seed=seed)
+        batches = [made(step) for step in range(made.num_steps)]
+        assert sum(one.num_examples for step in batches for one in step) == 81
+        assert sum(len(step) % 2 for step in batches) == 1, "there are 41"
+
+
+def test_those_beside_each_other_are_others_in_the_next_epoch() -> None:
+    made = steps(examples(*range(60, 100)), num_sides=2, epochs=2.0, tokens_per_step=1)
+    half = made.num_steps // 2
+    pairs = [
+        {frozenset(tuple(one.token_ids.tolist()) for one in made(step)) for step in range(at, at + half)}
+        for at in (0, half)
+    ]
+    assert len(pairs[0] & pairs[1]) < half / 2
 
 
 def test_those_beside_each_other_are_of_like_length() -> None:

@@ -17,7 +17,7 @@ def test_it_is_torchs(dtype: torch.dtype) -> None:
     mine = AdamW(ours, 1e-2, (0.9, 0.99), weight_decay=0.1)
     torchs = torch.optim.AdamW(theirs, 1e-2, (0.9, 0.99), weight_decay=0.1)
     for step in range(5):
-        gradients = [torch.randn(one.shape, dtype=dtype, generator=dice) for one in first]
+        gradients = [torch.randn(one.shape[::-1], dtype=dtype, generator=dice).t() for one in first]  # not contiguous
         for tensors in (ours, theirs):
             for number, (tensor, gradient) in enumerate(zip(tensors, gradients, strict=True)):
                 tensor.grad = None if number == 2 and step < 2 else gradient  # one that no loss reaches at first
