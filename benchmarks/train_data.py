@@ -1,25 +1,28 @@
 """What benchmarks/train_step.py trains on: steps of (token ids, index of the first token with loss).
 
 `full` is random tokens; `traces` and `agent` are the demonstration's questions (Berkeley Function Calling Leaderboard,
-`simple_python` and `multiple`), rendered and tokenized by the server's code. `traces` are its calls and its requests
-that no tool fits, and a step has those that a round would put into one: an epoch is packed as a whole, so that what
-begins alike lies together. Also writes the default model as a Hugging Face directory, dequantized, for the peer.
-Nothing here is timed.
+`simple_python` and `multiple`), rendered and tokenized by the server's code. `traces` are two thirds of the calls and
+of the requests that no tool fits, and a step has those that a round puts into one. Also writes the default model as a
+Hugging Face directory, dequantized, for the peer. Nothing here is timed.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from finetune.dataset.bfcl import NoCall, Question, fetch, misfits, read_questions
-from finetune.dataset.packing import pack_bins
+from finetune.config import FinetuneSettings
+from finetune.dataset.bfcl import NoCall, Question, fetch, misfits, read_questions, split
+from finetune.dataset.examples import Lessons
+from finetune.dataset.packing import chain_rows
 from finetune.dataset.render import Renderer
+from finetune.demo.demo import Options
 from finetune.model.model import TrainModel
-from finetune.packed import Example
-from finetune.rounds.adapter import NUM_SIDES
+from finetune.packed import Example, Packed
+from finetune.rounds.training import round_steps
 from quant.hf_names import hf_name
 from quant.model_file import open_model
 from server.openai.protocol.chat import ChatRequest
@@ -27,11 +30,6 @@ from server.openai.protocol.chat import ChatRequest
 KINDS = ("full", "traces", "agent")
 EXAMPLES_A_STEP = 8
 """Of an agent's."""
-MISFIT_SHARE = 0.7
-"""Of the questions that are also asked with tools that do not fit, as in the demonstration."""
-TOKENS_A_STEP = 2048
-"""Of the traces', about: a round's setting. Two micro-batches of `SIDE_ROWS` are computed side by side."""
-SIDE_ROWS = 1024
 AGENT_TOOLS = 10
 """Tools in the agent's prompt: about 1,500 tokens, the size of a small agent's."""
 
@@ -48,7 +46,7 @@ def make_steps(kind: str, model: Path, cache: Path, *, num_steps: int) -> list[S
         return [[(rng.integers(0, vocab, 256).tolist(), 1) for _ in range(4)] for _ in range(num_steps)]
     renderer, questions = Renderer.open(model), read_questions(fetch(cache))
     if kind == "traces":
-        return _round_steps(_demo_examples(renderer, questions, rng))[:num_steps]
+        return _round_steps(_demo_examples(renderer, questions, rng), num_steps)
     num = num_steps * EXAMPLES_A_STEP
     named = {one.tools[0]["function"]["name"]: one for one in questions if one.set == "simple_python"}
     picked = list(named.values())[:AGENT_TOOLS]  # several questions have the same tool
@@ -58,26 +56,29 @@ def make_steps(kind: str, model: Path, cache: Path, *, num_steps: int) -> list[S
 
 
 def _demo_examples(renderer: Renderer, questions: Sequence[Question], rng: np.random.Generator) -> Step:
-    refused = [one for one in misfits(questions, seed=0) if rng.random() < MISFIT_SHARE]
-    calls = [_example(renderer, one, one.tools, one.answer) for one in questions]
+    learned, _ = split(questions, seed=0)
+    share = {field.name: field.default for field in fields(Options)}["misfit_share"]
+    refused = [one for one in misfits(learned, seed=0) if rng.random() < share]
+    calls = [_example(renderer, one, one.tools, one.answer) for one in learned]
     return calls + [_example(renderer, one, one.tools, {"role": "assistant", "content": one.answer}) for one in refused]
 
 
-def _round_steps(examples: Step) -> list[Step]:
-    """As finetune/rounds/steps.py has them: an epoch's micro-batches in a drawn order, so many tokens a step."""
+def _round_steps(examples: Step, num_steps: int) -> list[Step]:
+    """The first of a round's with its default settings."""
     named = [
         Example(str(number), np.array(ids, np.int32), (np.arange(len(ids)) >= first_loss).astype(np.float32), "")
         for number, (ids, first_loss) in enumerate(examples)
     ]
-    short = [one for one in named if len(one.token_ids) <= SIDE_ROWS]
-    bins = pack_bins(short, SIDE_ROWS, seed=0, epoch=0)
-    steps: list[Step] = [[]]
-    for at in range(0, len(bins), NUM_SIDES):
-        if sum(len(ids) for ids, _ in steps[-1]) >= TOKENS_A_STEP:
-            steps.append([])
-        places = [place for one in bins[at : at + NUM_SIDES] for place in one.placements]
-        steps[-1] += [examples[int(short[place.example].id)] for place in places]
-    return steps
+    known = {tuple(ids): (ids, first_loss) for ids, first_loss in examples}
+    steps = round_steps(Lessons(named, []), {}, FinetuneSettings.model_validate({}))
+    return [[known[ids] for packed in steps(step) for ids in _token_ids(packed)] for step in range(num_steps)]
+
+
+def _token_ids(packed: Packed) -> list[tuple[int, ...]]:
+    """Of its examples, none of which is the beginning of another: every one ends with an end of turn."""
+    parents = {segment.parent for segment in packed.segments}
+    leaves = [number for number in range(len(packed.segments)) if number not in parents]
+    return [tuple(packed.token_ids[chain_rows(packed.segments, leaf)].tolist()) for leaf in leaves]
 
 
 def _example(

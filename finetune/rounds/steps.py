@@ -21,6 +21,10 @@ CURRICULUM_WINDOW = 128
 """Examples packed together when their order matters: fewer share prompts, more lose the order."""
 
 
+LAYOUT = 2
+"""Another number whenever equal examples and settings come in other steps: a run is resumed with its own only."""
+
+
 class Steps:
     def __init__(
         self,

@@ -28,7 +28,7 @@ from finetune.rounds.adapter import NUM_SIDES, Adapter, Batch, Keyed, side_by_si
 from finetune.rounds.engine import Done, Task
 from finetune.rounds.errors import RoundError
 from finetune.rounds.references import reference_margins
-from finetune.rounds.steps import Steps
+from finetune.rounds.steps import LAYOUT, Steps
 from finetune.rounds.validation import split_validation
 from finetune.rounds.weights import PEFT, Parent
 from finetune.train.loop import StepLog, TrainResult, train
@@ -89,6 +89,7 @@ def run_training(
             identity={
                 "snapshot": snapshot.digest,
                 "base": task.round.base_digest,
+                "steps": LAYOUT,
                 "lora": _plain(spec),
                 "parent": None if parent is None else parent.name,
                 "validation": [one.num_real_tokens for one in validated],
