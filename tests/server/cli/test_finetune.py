@@ -166,7 +166,7 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert body["budget_bytes"] == 2 << 30
     totals = [row["total"] for row in body["plans"]]
     assert totals == sorted(totals)
-    assert [row["num_tokens"] for row in body["plans"]] == [1024, 4096, 32768, 524288]
+    assert [row["num_tokens"] for row in body["plans"]] == [1024, 2048, 4096, 32768, 524288]
     plain, checkpointed = body["longest"]
     assert [plain["checkpointing"], checkpointed["checkpointing"]] == [False, True]
     assert min(plain["num_tokens"], checkpointed["num_tokens"]) > 1024  # with two layers recomputing one saves nothing
