@@ -4,10 +4,11 @@
                                    [--set rank=8 --set epochs=2]
 
 A fifth of the training side's clusters is measured on and never trained on; the split changes with the seed, and all
-recipes of a seed have the same. Measured: the share of answers that greedy decoding gives token by token (the most
-likely token is right at every place), of those that call and of those that do not, their mean (balanced), and the loss
-per token. Each gain is paired by seed: its mean and 95 % interval (t). A recipe is worth
-keeping when the whole interval is above 0. Not measured: serving, the gate. Ends with one line of JSON.
+recipes of a seed have the same. Measured: the share of calls that greedy decoding gives token by token (the most likely
+token is right at every place), the share of answers without one whose most likely first token begins none (there are
+many ways to say no), their mean (balanced), and the loss per token. Each gain is paired by seed: its mean and 95 %
+interval (t). A recipe is worth keeping when the whole interval is above 0. Not measured: serving, the gate. Ends with
+one line of JSON.
 """
 
 import argparse
@@ -119,13 +120,17 @@ def _measured(examples: Sequence[Example], seed: int) -> list[Example]:
 
 def _measure(model: TrainModel, examples: Sequence[Example]) -> Scores:
     right: dict[bool, list[bool]] = {True: [], False: []}
+    beginnings = {int(one.token_ids[np.flatnonzero(one.weights)[0]]) for one in examples if one.is_call}
     losses: list[float] = []
     for one in examples:
         at = np.flatnonzero(one.weights)
         logits = model.logits(one.token_ids, at - 1)
         targets = torch.from_numpy(one.token_ids[at].astype(np.int64))
         losses += torch.nn.functional.cross_entropy(logits, targets, reduction="none").tolist()
-        right[bool(one.is_call)].append(bool((logits.argmax(-1) == targets).all()))
+        likely = logits.argmax(-1)
+        right[bool(one.is_call)].append(
+            bool((likely == targets).all()) if one.is_call else int(likely[0]) not in beginnings
+        )
     if not right[True] or not right[False]:
         raise SystemExit("the measured part has answers of one kind only: calling and not calling cannot be balanced")
     call, no_call = (statistics.fmean(right[kind]) for kind in (True, False))

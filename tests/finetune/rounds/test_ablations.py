@@ -4,11 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from benchmarks import ablations
 from finetune.dataset.freeze import freeze
 from finetune.dataset.snapshot import Selection, Snapshot
+from finetune.packed import Example
 from server.storage.database import Database
 from tests.finetune.rounds.test_whole_round import Bench, _with_rejected
 from tests.tiny_models import write_tiny_gguf
@@ -32,6 +35,22 @@ def test_every_recipe_is_trained_and_measured(
     assert all(math.isfinite(loss) for loss in losses.values())
     assert losses["base"] != losses["dpo"]
     assert found["gains"]["base"]["loss"] == {"mean": 0.0, "half_95": None}
+
+
+def test_there_are_many_ways_not_to_call() -> None:
+    class Model:
+        def logits(self, token_ids: np.ndarray, at: np.ndarray) -> torch.Tensor:
+            """Each token is followed by the next number."""
+            return torch.nn.functional.one_hot(torch.from_numpy((token_ids[at] + 1) % 7).long(), 32).float()
+
+    def answer(is_call: bool, *token_ids: int) -> Example:
+        weights = np.array([0, *(1.0 for _ in token_ids[1:])], np.float32)
+        return Example("one", np.array(token_ids, np.int32), weights, "cluster", is_call=is_call)
+
+    calls = [answer(True, 1, 2, 3), answer(True, 1, 2, 4)]
+    others = [answer(False, 3, 5, 20), answer(False, 1, 9, 20)]
+    found = ablations._measure(Model(), [*calls, *others])  # type: ignore[arg-type]
+    assert (found["call"], found["no_call"]) == (0.5, 0.5), "after 3 comes 4, no call; after 1 what begins one"
 
 
 def test_a_gain_is_paired_by_seed() -> None:
