@@ -7,7 +7,6 @@ Hugging Face directory, dequantized, for the peer. Nothing here is timed.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +56,7 @@ def make_steps(kind: str, model: Path, cache: Path, *, num_steps: int) -> list[S
 
 def _demo_examples(renderer: Renderer, questions: Sequence[Question], rng: np.random.Generator) -> Step:
     learned, _ = split(questions, seed=0)
-    share = {field.name: field.default for field in fields(Options)}["misfit_share"]
-    refused = [one for one in misfits(learned, seed=0) if rng.random() < share]
+    refused = [one for one in misfits(learned, seed=0) if rng.random() < Options.misfit_share]
     calls = [_example(renderer, one, one.tools, one.answer) for one in learned]
     return calls + [_example(renderer, one, one.tools, {"role": "assistant", "content": one.answer}) for one in refused]
 

@@ -47,7 +47,7 @@ MEMORY_TARGET = 0.30
 WARM_UP = 1
 
 
-def micro_batches(step: list, max_rows: int) -> list[Packed]:
+def micro_batches(step: list) -> list[Packed]:
     """As a round has them (finetune/rounds/steps.py)."""
     examples = []
     for number, (ids, first_loss) in enumerate(step):
@@ -55,7 +55,7 @@ def micro_batches(step: list, max_rows: int) -> list[Packed]:
         weights[first_loss:] = 1
         examples.append(Example(str(number), np.array(ids, np.int32), weights, str(number)))
     rows = sum(len(one.token_ids) for one in examples)
-    half = min(max_rows, rows) // NUM_SIDES  # so that one has another beside it
+    half = min(MAX_ROWS, rows) // NUM_SIDES  # so that one has another beside it
     short, long = ([one for one in examples if (len(one.token_ids) > half) == is_long] for is_long in (False, True))
     packed = pack(short, half, seed=0, epoch=0)
     return packed + (pack(long, max(len(one.token_ids) for one in long) + half, seed=0, epoch=0) if long else [])
@@ -71,9 +71,9 @@ def ours(task: dict[str, Any], threads: int) -> dict[str, Any]:
     optimizer = AdamW(list(model.parameters().values()), LEARNING_RATE, (0.9, 0.999), weight_decay=0.01)
     seconds, losses = [], []
     for step in task["steps"]:
-        parts = [Keyed(part, number) for number, part in enumerate(micro_batches(step, task["max_rows"]))]
+        parts = [Keyed(part, number) for number, part in enumerate(micro_batches(step))]
         start = time.perf_counter()
-        batches = side_by_side(parts, task["max_rows"])
+        batches = side_by_side(parts, MAX_ROWS)
         normalizer = sum(adapter.weight_of(batch) for batch in batches)
         loss = sum(adapter.backward(batch, normalizer) for batch in batches)
         optimizer.step()
@@ -98,13 +98,13 @@ def _timed(run: Any) -> float:
     return time.perf_counter() - start
 
 
-def floor_flops(config: ModelConfig, step: list, max_rows: int) -> float:
+def floor_flops(config: ModelConfig, step: list) -> float:
     """4 x parameters for every row that is laid out, the head only for rows with loss."""
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     mlp = 3 * config.hidden_size * config.intermediate_size
     layers = config.num_layers * (config.hidden_size * (2 * queries + 2 * keys) + mlp)
     head = config.vocab_size * config.hidden_size
-    parts = micro_batches(step, max_rows)
+    parts = micro_batches(step)
     rows, with_loss = sum(len(p.token_ids) for p in parts), sum(len(np.unique(p.loss_rows)) for p in parts)
     return 4.0 * (layers * rows + head * with_loss)
 
@@ -125,7 +125,6 @@ def measure(kind: str, path: Path, folder: Path, args: argparse.Namespace) -> di
     model.close()
     steps = make_steps(kind, path, args.cache, num_steps=WARM_UP + args.steps)
     task = {
-        "max_rows": MAX_ROWS,
         "learning_rate": LEARNING_RATE,
         "model": str(path),
         "directory": str(folder / "directory"),
@@ -141,7 +140,7 @@ def measure(kind: str, path: Path, folder: Path, args: argparse.Namespace) -> di
         runs.append((run_worker(own_command), run_worker([sys.executable, peer, file, str(args.threads)])))
     timed = steps[WARM_UP:]
     tokens = sum(len(ids) for step in timed for ids, _ in step)
-    flops = sum(floor_flops(config, step, MAX_ROWS) for step in timed)
+    flops = sum(floor_flops(config, step) for step in timed)
     return summary(kind, runs, tokens, flops)
 
 

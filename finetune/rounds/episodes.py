@@ -45,13 +45,12 @@ def ended_episodes(
         found = _starts(database, arms, after_seq)
         for start in found:
             rows = _traces(database, arms, start.episode_seq, start.first)
+            after_seq = start.first
             if not rows:  # deleted since
-                after_seq = start.first
                 continue
             is_over = now - rows[-1].created_at >= idle or now - rows[0].created_at >= MAX_IDLES * idle
             if not is_over:
                 return
-            after_seq = start.first
             version = rows[0].version
             if start.first == start.first_of_all and version in (arms.new, arms.old):
                 yield _episode(database, arms, rows, is_new=version == arms.new)

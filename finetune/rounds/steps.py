@@ -96,18 +96,20 @@ class Steps:
         if long:  # runs of an agent share a prompt that may be longer than a micro-batch: there is room for their ends
             packed += pack(long, max(len(one.token_ids) for one in long) + limit, seed=self._seed, epoch=epoch)
         packed += self._packed_pairs(epoch)
-        order = shuffled([f"row {number}" for number in range(len(packed))], seed=self._seed, epoch=epoch)
-        groups = [[one] for one in packed] if self._num_sides == 1 else self._groups([packed[index] for index in order])
+        groups = self._groups(packed, epoch)
         order = shuffled([f"micro-batch {number}" for number in range(len(groups))], seed=self._seed, epoch=epoch)
         return _evenly([groups[index] for index in order])
 
-    def _groups(self, packed: Sequence[Packed]) -> list[list[Packed]]:
+    def _groups(self, packed: Sequence[Packed], epoch: int) -> list[list[Packed]]:
         """Of `num_sides` micro-batches, as many rows together as they may have. Of like length, not by length: else
         they had the same partners in every epoch."""
+        if self._num_sides == 1:
+            return [[one] for one in packed]
+        order = shuffled([f"row {number}" for number in range(len(packed))], seed=self._seed, epoch=epoch)
         alike = max(self._micro_batch_tokens // 8, 1)
         groups: list[list[Packed]] = []
         room = 0
-        for one in sorted(packed, key=lambda one: -(len(one.token_ids) // alike)):
+        for one in sorted((packed[index] for index in order), key=lambda one: -(len(one.token_ids) // alike)):
             if not groups or len(groups[-1]) == self._num_sides or len(one.token_ids) > room:
                 groups.append([])
                 room = self._num_sides * self._micro_batch_tokens

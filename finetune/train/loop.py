@@ -109,13 +109,14 @@ def train(
     progress = begin_scaling(Progress()) if has_loss_scale else Progress()
     found = checkpoints.newest()
     if found is not None:
-        is_exact = found.progress.is_exact and found.machine == Machine.here()
-        if found.machine != Machine.here():
+        here = Machine.here()
+        is_exact = found.progress.is_exact and found.machine == here
+        if found.machine != here:
             logger.warning(
                 "step %d was computed by %s, and %s goes on: equal within tolerance, not bit for bit",
                 found.progress.step,
                 found.machine,
-                Machine.here(),
+                here,
             )
         progress = replace(found.progress, is_exact=is_exact)
         _copy_into(parameters, found.parameters)
