@@ -84,6 +84,14 @@ struct AttentionArgs {
   float scale;
 };
 
+// Asks for a cache line: 3 into L1, 2 into L2. The empty statement is no decoration: GCC takes a function that only
+// prefetches for one without effect and drops its calls, which was 15 % of a step (12.2, -O3).
+template <int Near>
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, Near);
+  asm volatile("");
+}
+
 struct Kernels {
   const char* name;
   int32_t max_group;  // largest activation group this ISA's matmul takes

@@ -33,10 +33,10 @@ void Core::fetch_entry(const KvEntry& entry) const {
   constexpr int kLine = 32;  // elements
   const int64_t elements = kv_block_elements(padded_dim_);
   for (int64_t head = 0; head < kv_block_stride_; head += elements) {
-    for (int64_t at = 0; at < elements; at += kLine) __builtin_prefetch(entry.k + head + at, 0, 2);
+    for (int64_t at = 0; at < elements; at += kLine) prefetch<2>(entry.k + head + at);
     const int16_t* const pair = entry.v + head + entry.slot / 2 * 2 * padded_dim_;
-    for (int at = 0; at < 2 * padded_dim_; at += kLine) __builtin_prefetch(pair + at, 0, 2);
-    __builtin_prefetch(entry.v + head + padded_dim_ * kKvBlock, 0, 2);
+    for (int at = 0; at < 2 * padded_dim_; at += kLine) prefetch<2>(pair + at);
+    prefetch<2>(entry.v + head + padded_dim_ * kKvBlock);
   }
 }
 

@@ -88,7 +88,7 @@ void Core::multiply_with_low_rank(const LowRank& l, int target, int row_begin, i
 void Core::fetch_now(const LowRank& l, int target, int64_t panel) const {
   for (const LoraRows& g : lora_groups_) {
     const PackedMatrix& b = pair(l, g.slot, target).b;
-    for (int64_t at = 0; at < b.q_stride; at += kLine) __builtin_prefetch(b.q + panel * b.q_stride + at, 0, kNear);
+    for (int64_t at = 0; at < b.q_stride; at += kLine) prefetch<kNear>(b.q + panel * b.q_stride + at);
   }
 }
 
@@ -101,7 +101,7 @@ void Core::fetch_next(const LowRank& l, int64_t part, int64_t parts) const {
   if (!p.is_int8()) return;
   const int64_t bytes = p.a.q_stride * p.a.panels;
   const int64_t begin = within < matrices ? 0 : within * bytes / parts, end = std::min(within + matrices, parts) * bytes / parts;
-  for (int64_t at = begin & -kLine; at < end; at += kLine) __builtin_prefetch(p.a.q + at, 0, kNear);
+  for (int64_t at = begin & -kLine; at < end; at += kLine) prefetch<kNear>(p.a.q + at);
 }
 
 void Core::add_low_rank(const LowRank& l, int target, int row_begin, int row_end, int panel_begin, int panel_end,
